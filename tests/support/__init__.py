@@ -1,0 +1,1 @@
+"""What several tests share: tiny checkpoints and ways to damage them."""
