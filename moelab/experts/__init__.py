@@ -1,0 +1,1 @@
+"""The expert bank: C slots a layer, what sits in them, and how the rest comes from disk."""

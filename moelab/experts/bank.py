@@ -1,0 +1,183 @@
+"""The bank of one model: slots in memory, filled from disk as the router asks.
+
+One `LayerBank` a layer; the `Bank` holds what they share. A layer's slots are MLX arrays of
+shape (slots, …), and the stock switch computes over them with expert ids replaced by slot
+numbers, so the arithmetic is mlx-lm's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..checkpoint.headers import TensorSpan
+from ..families import SwitchSite
+from .loader import ExpertLoader, Files, TensorRows
+from .policy import Policy
+from .residency import Load, Residency
+
+
+class Watcher(Protocol):
+    """Who is told what happens in the bank. Calls come from the thread that runs the model."""
+
+    def loaded(self, layer: int, loads: Sequence[Load], seconds: Sequence[float]) -> None:
+        """Experts were read from disk."""
+
+
+class Bank:
+    """What the layers of one model share.
+
+    Attributes:
+        layers: The partially resident layers, in order.
+        files: The open shards.
+        pending: Outputs that were computed from slots and may not be evaluated yet.
+        watchers: Told of every load.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[LayerBank] = []
+        self.files = Files()
+        self.pending: list[mx.array] = []
+        self.watchers: list[Watcher] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def clear(self) -> None:
+        """Empties every slot, as after loading; the memory stays."""
+        mx.eval(self.pending)
+        self.pending.clear()
+        for layer in self.layers:
+            layer.loader.settle()
+            layer.residency.clear()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.pending.clear()
+        for layer in self.layers:
+            layer.loader.settle()
+        self.files.close()
+
+
+class LayerBank:
+    """The slots of one layer.
+
+    Args:
+        bank: The model's bank.
+        site: The layer's switch, whose own arrays are lazy and are not touched.
+        capacity: Slots.
+        policy: Who leaves.
+        spans: Origin of each tensor, by projection and name.
+        widen: Read 16-bit floats into float32 slots.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        site: SwitchSite,
+        capacity: int,
+        policy: Policy,
+        spans: Mapping[tuple[str, str], tuple[TensorSpan, ...]],
+        *,
+        widen: bool = False,
+    ) -> None:
+        self.bank = bank
+        self.layer = site.layer
+        self.experts = site.experts
+        self.residency = Residency(capacity, policy)
+        self.switch, arrays = _with_slots(site, capacity, widen)
+        self.nbytes = sum(array.nbytes for array in arrays.values())
+        self.loader = ExpertLoader(
+            bank.files,
+            {
+                key: TensorRows(
+                    ".".join(key),
+                    spans[key],
+                    _byte_view(array),
+                    widen=widen and spans[key][0].dtype in ("BF16", "F16"),
+                )
+                for key, array in arrays.items()
+            },
+        )
+        self._in_event = False
+
+    @property
+    def capacity(self) -> int:
+        """Slots of this layer."""
+        return self.residency.capacity
+
+    def begin(self, needed: Sequence[int]) -> list[int]:
+        """Starts an event; returns the misses. Mends what an interrupted event left behind."""
+        if self._in_event:
+            self.loader.settle()
+            self.residency.recover()
+        self._in_event = True
+        return self.residency.begin(needed)
+
+    def end(self) -> None:
+        """Ends the event that `begin` started."""
+        self._in_event = False
+
+    def load(self, loads: Sequence[Load]) -> None:
+        """Reads experts into slots.
+
+        Nothing in flight may read those slots: the caller has evaluated all that was computed
+        from them.
+        """
+        if not loads:
+            return
+        seconds = self.loader.read(loads)
+        for load in loads:
+            self.residency.arrived(load)
+        for watcher in self.bank.watchers:
+            watcher.loaded(self.layer, loads, seconds)
+
+    def slot_table(self) -> np.ndarray:
+        """Returns uint32 (experts,): the slot of each resident expert, 0 for the others."""
+        table = np.zeros(self.experts, np.uint32)
+        for expert, slot in self.residency.slot_of.items():
+            table[expert] = slot
+        return table
+
+
+def _with_slots(
+    site: SwitchSite, capacity: int, widen: bool
+) -> tuple[nn.Module, dict[tuple[str, str], mx.array]]:
+    """Copies a switch, with (slots, …) arrays in place of its (experts, …) ones."""
+    switch = copy.copy(site.switch)
+    arrays: dict[tuple[str, str], mx.array] = {}
+    for name, projection in site.projections.items():
+        switch[name] = copy.copy(projection)
+    for name, key, array in site.tensors():
+        narrow = array.dtype in (mx.bfloat16, mx.float16)
+        dtype = mx.float32 if widen and narrow else array.dtype
+        slots = mx.zeros((capacity, *array.shape[1:]), dtype)
+        switch[name][key] = arrays[name, key] = slots
+    mx.eval(arrays)
+    return switch, arrays
+
+
+def _byte_view(array: mx.array) -> np.ndarray:
+    """Returns a writable uint8 (slots, bytes) view of an evaluated array's memory."""
+    # numpy has no bfloat16; another type of the same size sees the same memory.
+    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    mx.eval(plain)
+    view = np.array(plain, copy=False).reshape(array.shape[0], -1).view(np.uint8)
+    # Proven, not assumed: a byte written through the view must be seen by MLX.
+    view[-1, -1] = 0xA5
+    seen = array.view(mx.uint8).reshape(array.shape[0], -1)[-1, -1].item()
+    view[-1, -1] = 0
+    if seen != 0xA5:
+        raise RuntimeError("This MLX backend gives no writable view of an array's memory.")
+    return view
+
+
+PolicyMaker = Callable[[], Policy]
+"""Makes a fresh policy for a layer."""

@@ -1,0 +1,426 @@
+"""`Lab`: a model with a bounded expert bank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .checkpoint.fingerprint import fingerprint
+from .checkpoint.headers import TensorSpan, read_headers
+from .checkpoint.provenance import load_traced
+from .checkpoint.resolve import LAB_MODEL, read_config, resolve
+from .errors import CheckpointError, ClosedError
+from .experts.attach import Attachment, all_parameters, origins_of
+from .experts.capacity import Capacity, resolve_capacity
+from .experts.policy import LRU
+from .families import SwitchSite, find_switches
+from .prompting import Prompt, Sampling, Template, recommended_sampling, to_tokens
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
+
+    from .chat import Chat
+    from .routing.recorder import Recording
+
+PREFILL_STEP = 2048
+"""Prompt tokens a forward pass, as in mlx-lm."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes that a lab holds, by what they are for."""
+
+    trunk: int
+    """Everything but the routed experts: attention, embeddings, shared experts, routers."""
+    slots: int
+    """The expert bank."""
+    resident_experts: int
+    """Experts of layers that hold all of theirs and so are left stock."""
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.trunk + self.slots + self.resident_experts
+
+
+class Lab:
+    """A model of which C experts a layer are in memory, made by `moelab.load`.
+
+    Attributes:
+        name: What the model was asked for by.
+        path: Its folder.
+        model: mlx-lm's model; any mlx-lm function that *runs* a model takes it.
+        tokenizer: mlx-lm's tokenizer.
+        config: The model's configuration.
+        sites: The MoE layers.
+        capacities: Slots of each MoE layer, in the order of `sites`.
+        sampling: What the model recommends.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        path: Path,
+        model: nn.Module,
+        tokenizer: Any,
+        config: dict[str, Any],
+        sites: Sequence[SwitchSite],
+        capacities: Sequence[int],
+        attachment: Attachment,
+        spans: dict[str, TensorSpan],
+        policy: str,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.sites = list(sites)
+        self.capacities = list(capacities)
+        self.policy = policy
+        self.sampling = recommended_sampling(path)
+        self._attachment = attachment
+        self._spans = spans
+        self._closed = False
+        self.recorders: list[Any] = []
+        """Recordings that are under way, outermost first; `record` keeps this list."""
+
+    # -- running ---------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 200,
+        *,
+        template: Template = "auto",
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        kv_bits: int | None = None,
+        prompt_cache: list[Any] | None = None,
+        prefill_step_size: int = PREFILL_STEP,
+        **options: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Generates text, a piece at a time.
+
+        Args:
+            prompt: Text, a list of messages, or token ids.
+            max_tokens: Tokens to generate at most; -1 for no limit.
+            template: `"auto"` takes text as a chat turn where the tokenizer has a template;
+                False takes it as it is.
+            temperature: 0 takes the most likely token. This and the next four: what the model
+                recommends, unless given.
+            top_p: Smallest set of tokens with this much probability.
+            top_k: So many likeliest tokens; 0 for all.
+            min_p: Least probability, as a share of the likeliest token's.
+            repetition_penalty: 1 for none.
+            seed: Seeds MLX's random numbers.
+            kv_bits: Bits of the key-value cache: 8, 4 or None for the model's own type.
+            prompt_cache: mlx-lm's cache to go on from; it is changed.
+            prefill_step_size: Prompt tokens a forward pass. More tokens share each expert read.
+            **options: More options of `mlx_lm.generate.generate_step`.
+
+        Yields:
+            mlx-lm's `GenerationResponse`: `text`, `token`, `logprobs`, counts and speeds.
+
+        Raises:
+            ValueError: If an argument is out of range or the prompt is empty.
+            ClosedError: If the lab was closed.
+        """
+        self._check_open()
+        if max_tokens == 0 or max_tokens < -1:
+            raise ValueError(f"max_tokens must be positive, or -1 for no limit, got {max_tokens}.")
+        if prefill_step_size < 1:
+            raise ValueError(f"prefill_step_size must be positive, got {prefill_step_size}.")
+        if kv_bits not in (None, 4, 8):
+            raise ValueError(f"kv_bits must be 8, 4 or None, got {kv_bits!r}.")
+        given = {
+            "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "seed": seed,
+        }  # fmt: skip
+        given = {key: value for key, value in given.items() if value is not None}
+        sampling: Sampling = dataclasses.replace(self.sampling, **given)  # type: ignore[arg-type]
+        tokens = to_tokens(self.tokenizer, prompt, template)
+        # A function of its own, so that bad arguments raise here and not at the first token.
+        return self._stream(
+            tokens,
+            sampling,
+            {"template": template, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits},
+            max_tokens=max_tokens,
+            prompt_cache=prompt_cache,
+            prefill_step_size=prefill_step_size,
+            **({} if kv_bits is None else {"kv_bits": kv_bits, "quantized_kv_start": 0}),
+            **options,
+        )
+
+    def _stream(
+        self, tokens: list[int], sampling: Sampling, settings: dict[str, Any], **options: Any
+    ) -> Iterator[GenerationResponse]:
+        from mlx_lm.generate import stream_generate
+
+        for recorder in self.recorders:
+            recorder.note_generation(
+                {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
+            )
+        options = {**sampling.options(), **options}
+        self.tokenizer.detokenizer.reset()
+        yield from stream_generate(self.model, self.tokenizer, tokens, **options)
+
+    def generate(self, prompt: Prompt, max_tokens: int = 200, **options: Any) -> str:
+        """Generates text and returns it whole. Takes the arguments of `stream`."""
+        return "".join(r.text for r in self.stream(prompt, max_tokens, **options))
+
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """Starts a conversation that keeps its key-value cache from turn to turn.
+
+        Args:
+            system: A system message.
+            **options: Settings of every turn; see `stream`.
+        """
+        from .chat import Chat
+
+        self._check_open()
+        return Chat(self, system=system, **options)
+
+    def record(self, *, prompt_logprobs: bool = False) -> Recording:
+        """Records what the router does while the `with` block runs.
+
+        Args:
+            prompt_logprobs: Also give log-probability and entropy of prompt tokens, which costs
+                the output head over every prompt token.
+
+        Returns:
+            A context manager that is the recording: `with lab.record() as rec:`.
+        """
+        from .routing.recorder import Recording
+
+        self._check_open()
+        return Recording(self, prompt_logprobs=prompt_logprobs)
+
+    # -- what there is ---------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name the checkpoint."""
+        return fingerprint(self.path, self._spans)
+
+    @property
+    def capacity(self) -> int:
+        """Slots a layer; the smallest where layers differ."""
+        return min(self.capacities)
+
+    @property
+    def attachment(self) -> Attachment:
+        """The bank and how it is attached."""
+        return self._attachment
+
+    def memory(self) -> MemoryUse:
+        """Returns the bytes that the weights take, by what they are for."""
+        resident = sum(
+            array.nbytes
+            for site in self.sites
+            if site.layer not in self._attachment.switches
+            for _, _, array in site.tensors()
+        )
+        slots = self._attachment.bank.nbytes
+        total = sum(a.nbytes for a in _arrays(all_parameters(self.model)))
+        return MemoryUse(total - slots - resident, slots, resident)
+
+    def reset(self) -> None:
+        """Empties the bank, as it was after loading."""
+        self._check_open()
+        self._attachment.bank.clear()
+
+    def close(self) -> None:
+        """Takes the bank out and closes the files. Calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._attachment.detach()
+            mx.clear_cache()
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"This lab ({self.name}) was closed. Load the model again.")
+
+    def _facts(self) -> dict[str, str]:
+        site = self.sites[0]
+        memory = self.memory()
+        on_disk = sum(span.nbytes for span in self._spans.values())
+        slots = sorted(set(self.capacities))
+        capacity = str(slots[0]) if len(slots) == 1 else f"{slots[0]}–{slots[-1]}"
+        return {
+            "model": f"{self.name} ({self.config['model_type']})",
+            "layers": f"{len(self.sites)} MoE layers",
+            "experts": f"{site.experts} a layer, top-{site.top_k}",
+            "capacity": f"{capacity} of {site.experts} experts a layer"
+            + (" (all resident)" if not self._attachment.switches else ""),
+            "in memory": f"{_size(memory.total)} (trunk {_size(memory.trunk)}, "
+            f"experts {_size(memory.slots + memory.resident_experts)})",
+            "on disk": _size(on_disk),
+        }
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<Lab {self.name}: closed>"
+        facts = self._facts()
+        width = max(map(len, facts))
+        return "Lab\n" + "\n".join(f"  {k:<{width}}  {v}" for k, v in facts.items())
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        if self._closed:
+            return f"<code>{escape(repr(self))}</code>"
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(k)}</th>"
+            f"<td style='text-align:left'>{escape(v)}</td></tr>"
+            for k, v in self._facts().items()
+        )
+        return f"<table><caption><b>Lab</b></caption>{rows}</table>"
+
+
+def load(
+    name_or_path: str | Path = LAB_MODEL,
+    capacity: Capacity = "auto",
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Lab:
+    """Loads a model with only part of its experts in memory.
+
+    Args:
+        name_or_path: `"lab"` (the shipped model), a folder, or a name on the Hugging Face hub.
+        capacity: Experts a layer to hold: an int counts them, a float is a share of them,
+            `"auto"` takes what fits in the memory there is.
+        dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: As in `mlx_lm.load`.
+
+    Returns:
+        The lab. The trunk is in memory, the bank is empty.
+
+    Raises:
+        CheckpointError: If there is no such model, its files are damaged, it has no routed
+            experts, or its experts cannot be read one at a time.
+        CapacityError: If the capacity is under a layer's top-k or over its number of experts.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    if dtype not in (None, "float32"):
+        raise ValueError(f"dtype must be None (the checkpoint's own) or 'float32', got {dtype!r}.")
+    folder = resolve(name_or_path, revision)
+    read_config(folder)
+    spans = read_headers(folder)
+    model, config, trace = load_traced(folder, trust_remote_code=trust_remote_code)
+    sites = find_switches(model, config["model_type"])
+    _check_backend(sites, dtype)
+    expert_arrays = {id(array) for site in sites for _, _, array in site.tensors()}
+    trunk = [a for a in _arrays(all_parameters(model)) if id(a) not in expert_arrays]
+    growth = 2 if dtype == "float32" else 1
+    capacities = resolve_capacity(
+        capacity,
+        sites,
+        trunk_bytes=growth * sum(a.nbytes for a in trunk),
+        expert_bytes=growth * sum(a.nbytes // s.experts for s in sites for _, _, a in s.tensors()),
+    )
+    partial = [c < site.experts for c, site in zip(capacities, sites, strict=True)]
+    origins = [
+        origins_of(site, trace, spans) if part else {}
+        for site, part in zip(sites, partial, strict=True)
+    ]
+    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    attachment = Attachment(model, sites, capacities, origins, LRU, widen=dtype == "float32")
+    try:
+        if dtype == "float32":
+            _widen(model, attachment)
+        # Everything, private arrays such as RoPE frequencies too, so that another thread may run
+        # the model: a lazy array belongs to the thread that made it.
+        mx.eval([_own_arrays(module) for module in model.modules()])
+    except BaseException:
+        attachment.detach()
+        raise
+    name = str(name_or_path) if str(name_or_path) == LAB_MODEL else str(name_or_path)
+    return Lab(
+        name=name,
+        path=folder,
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        sites=sites,
+        capacities=capacities,
+        attachment=attachment,
+        spans=spans,
+        policy=LRU.name,
+    )
+
+
+def _check_backend(sites: Sequence[SwitchSite], dtype: str | None) -> None:
+    if dtype == "float32" or mx.default_device() != mx.Device(mx.cpu):
+        return
+    for site in sites:
+        for name, key, array in site.tensors():
+            quantised = "scales" in site.projections[name]
+            if not quantised and array.dtype in (mx.bfloat16, mx.float16):
+                raise CheckpointError(
+                    f"{site.path}.{name}.{key} is unquantised {array.dtype}, which MLX cannot "
+                    "multiply by expert on a CPU (stock mlx-lm fails as well). Load it with "
+                    "dtype='float32', or quantise it with mlx_lm.convert."
+                )
+
+
+def _widen(model: nn.Module, attachment: Attachment) -> None:
+    """Converts the 16-bit floats of everything that is not in the bank to float32."""
+    in_bank = {id(a) for s in attachment.switches.values() for a in _arrays(s)}
+    for module in model.modules():
+        for key, value in module.items():
+            if (
+                isinstance(value, mx.array)
+                and id(value) not in in_bank
+                and value.dtype in (mx.bfloat16, mx.float16)
+            ):
+                module[key] = value.astype(mx.float32)
+
+
+def _own_arrays(module: nn.Module) -> list[mx.array]:
+    """Returns the arrays that a module itself holds, private ones too."""
+    held = [*module.values(), *vars(module).values()]
+    return [a for value in held if not isinstance(value, nn.Module) for a in _plain_arrays(value)]
+
+
+def _plain_arrays(value: Any) -> Iterator[mx.array]:
+    """Yields the arrays in a value, not going into modules."""
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, dict) and not isinstance(value, nn.Module):
+        for child in value.values():
+            yield from _plain_arrays(child)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from _plain_arrays(child)
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    from mlx.utils import tree_flatten
+
+    return [array for _, array in tree_flatten(tree) if isinstance(array, mx.array)]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
