@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
     from .chat import Chat
-    from .routing.recorder import Recording
+    from .routing.session import RecordingSession
+    from .routing.steps import StepWatch
 
 PREFILL_STEP = 2048
 """Prompt tokens a forward pass, as in mlx-lm."""
@@ -89,8 +90,8 @@ class Lab:
         self._attachment = attachment
         self._spans = spans
         self._closed = False
-        self.recorders: list[Any] = []
-        """Recordings that are under way, outermost first; `record` keeps this list."""
+        self.sessions: list[RecordingSession] = []
+        """Recordings that are under way, outermost first; they keep this list themselves."""
 
     # -- running ---------------------------------------------------------------------------
 
@@ -168,8 +169,8 @@ class Lab:
     ) -> Iterator[GenerationResponse]:
         from mlx_lm.generate import stream_generate
 
-        for recorder in self.recorders:
-            recorder.note_generation(
+        for session in self.sessions:
+            session.note_generation(
                 {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
             )
         options = {**sampling.options(), **options}
@@ -192,7 +193,7 @@ class Lab:
         self._check_open()
         return Chat(self, system=system, **options)
 
-    def record(self, *, prompt_logprobs: bool = False) -> Recording:
+    def record(self, *, prompt_logprobs: bool = False) -> RecordingSession:
         """Records what the router does while the `with` block runs.
 
         Args:
@@ -200,12 +201,12 @@ class Lab:
                 the output head over every prompt token.
 
         Returns:
-            A context manager that is the recording: `with lab.record() as rec:`.
+            A context manager that gives the `Recording`: `with lab.record() as rec:`.
         """
-        from .routing.recorder import Recording
+        from .routing.session import RecordingSession
 
         self._check_open()
-        return Recording(self, prompt_logprobs=prompt_logprobs)
+        return RecordingSession(self, prompt_logprobs=prompt_logprobs)
 
     # -- what there is ---------------------------------------------------------------------
 
@@ -223,6 +224,14 @@ class Lab:
     def attachment(self) -> Attachment:
         """The bank and how it is attached."""
         return self._attachment
+
+    @cached_property
+    def watch(self) -> StepWatch:
+        """Where one listens to the model's forward passes."""
+        from .routing.steps import StepWatch
+
+        attachment = self._attachment
+        return StepWatch(self.model, self.sites, attachment.switches, attachment.bank.watchers)
 
     def memory(self) -> MemoryUse:
         """Returns the bytes that the weights take, by what they are for."""
@@ -356,9 +365,8 @@ def load(
     except BaseException:
         attachment.detach()
         raise
-    name = str(name_or_path) if str(name_or_path) == LAB_MODEL else str(name_or_path)
     return Lab(
-        name=name,
+        name=str(name_or_path),
         path=folder,
         model=model,
         tokenizer=tokenizer,

@@ -36,14 +36,14 @@ def to_tokens(tokenizer: Any, prompt: Prompt, template: Template = "auto") -> li
         if template is False or (template == "auto" and not has_template):
             return _not_empty(_encode(tokenizer, prompt))
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, mx.array):
-        prompt = prompt.reshape(-1).tolist()
-    if not isinstance(prompt, Sequence):
+    items: Any = prompt.reshape(-1).tolist() if isinstance(prompt, mx.array) else prompt
+    if not isinstance(items, Sequence):
         raise ValueError(f"A prompt is text, token ids or a list of messages, got {prompt!r:.80}.")
-    if len(prompt) and all(isinstance(item, int) for item in prompt):
-        return [int(item) for item in prompt]  # type: ignore[call-overload]
-    messages = [dict(m) for m in prompt if isinstance(m, Mapping) and "role" in m]
-    if len(messages) != len(prompt):
+    ids = [int(item) for item in items if isinstance(item, int)]
+    if ids and len(ids) == len(items):
+        return ids
+    messages = [dict(m) for m in items if isinstance(m, Mapping) and "role" in m]
+    if len(messages) != len(items):
         raise ValueError(
             "A prompt that is a list holds token ids or messages with 'role' and 'content', "
             f"got {prompt!r:.80}."
@@ -55,8 +55,8 @@ def to_tokens(tokenizer: Any, prompt: Prompt, template: Template = "auto") -> li
         )
     if not messages:
         return _not_empty([])
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-    return _not_empty(list(ids["input_ids"] if isinstance(ids, Mapping) else ids))
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    return _not_empty(list(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -123,6 +123,12 @@ def recommended_sampling(folder: Path) -> Sampling:
         return Sampling()
     if not isinstance(config, dict) or not config.get("do_sample", False):
         return Sampling()
-    known = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    known: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
     values = {k: type(v)(config[k]) if config.get(k) is not None else v for k, v in known.items()}
     return Sampling(**values)

@@ -156,7 +156,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text())["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}): download the model again.") from None
+        raise CheckpointError(
+            f"{index} is damaged ({error!r}): download the model again."
+        ) from None
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

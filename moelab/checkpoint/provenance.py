@@ -117,15 +117,15 @@ def _traced_sanitize(
 @contextmanager
 def _watched_stack(trace: Trace) -> Iterator[None]:
     """Lets `trace` see every `mx.stack` that is called inside, through whichever module."""
-    stack = mx.stack
+    stack: Any = mx.stack
 
-    def watched(arrays: list[mx.array], axis: int = 0, **kwargs: Any) -> mx.array:
+    def watched(arrays: list[mx.array], axis: int = 0, **kwargs: Any) -> Any:
         result = stack(arrays, axis, **kwargs)
         if axis == 0:
             trace.stacked(list(arrays), result)
         return result
 
-    mx.stack = watched
+    mx.stack = watched  # type: ignore[assignment]
     try:
         yield
     finally:

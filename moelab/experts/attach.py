@@ -141,21 +141,21 @@ def _ancestors(root: nn.Module, replaced: set[int]) -> list[nn.Module]:
     """Returns every module that has one of `replaced` below it."""
     found: list[nn.Module] = []
 
-    def visit(value: Any) -> bool:
+    def holds(value: Any) -> bool:
+        """Whether `value` is, or has below it, a replaced switch; visits all that is below."""
         if id(value) in replaced:
             return True
-        if isinstance(value, nn.Module):
-            below = [visit(child) for child in value.values()]
-            if any(below):
-                found.append(value)
-            return any(below)
-        if isinstance(value, dict):
-            return any([visit(child) for child in value.values()])
-        if isinstance(value, list | tuple):
-            return any([visit(child) for child in value])
-        return False
+        if isinstance(value, dict):  # modules are dicts too
+            below = sum(holds(child) for child in value.values())
+        elif isinstance(value, list | tuple):
+            below = sum(holds(child) for child in value)
+        else:
+            return False
+        if below and isinstance(value, nn.Module):
+            found.append(value)
+        return below > 0
 
-    visit(root)
+    holds(root)
     return found
 
 

@@ -110,9 +110,10 @@ def _automatic(sites: Sequence[SwitchSite], trunk_bytes: int, expert_bytes: int)
 def _cgroup_free() -> int | None:
     """Returns the bytes left under this process's memory limit, or None where there is none."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open(
-            "/sys/fs/cgroup/memory.current"
-        ) as current:
+        with (
+            open("/sys/fs/cgroup/memory.max") as limit,
+            open("/sys/fs/cgroup/memory.current") as current,
+        ):
             text = limit.read().strip()
             return None if text == "max" else int(text) - int(current.read())
     except (OSError, ValueError):

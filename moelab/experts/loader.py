@@ -149,9 +149,9 @@ class ExpertLoader:
     def _fill(self, row: np.ndarray, path: Path, offset: int, name: str, expert: int) -> None:
         try:
             fd = self._files.fd(path)
-            got = os.preadv(fd, [row], offset)
+            got = os.preadv(fd, [row.data], offset)
             while got < row.nbytes:
-                more = os.preadv(fd, [row[got:]], offset + got)
+                more = os.preadv(fd, [row[got:].data], offset + got)
                 if more == 0:
                     raise CheckpointError(
                         f"{path} ended at byte {offset + got} while {name} of expert {expert} was "
@@ -160,7 +160,9 @@ class ExpertLoader:
                     )
                 got += more
         except OSError as error:
-            raise CheckpointError(f"Reading {name} of expert {expert} from {path}: {error}") from error
+            raise CheckpointError(
+                f"Reading {name} of expert {expert} from {path}: {error}"
+            ) from error
 
 
 def _to_float32(narrow: np.ndarray, dtype: str, row: np.ndarray) -> None:

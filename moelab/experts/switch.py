@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .bank import LayerBank
+from .residency import Round
 
 EAGER_BYTES = 1 << 20
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
@@ -92,7 +93,7 @@ class PartialSwitch(nn.Module):
         top_k = ids.shape[-1]
         outputs: list[mx.array] = []
         order: list[np.ndarray] = []
-        served = first
+        served: Round | None = first
         while served is not None:
             chosen = np.flatnonzero(np.isin(pairs, served.serve))
             slots = layer.slot_table()[pairs[chosen]]

@@ -1,0 +1,108 @@
+"""What mlx-lm's generation loops know of the forward pass that they are making.
+
+A forward pass sees token ids and a cache. Whether a single token is the prompt's last or the
+first generated one, which row of a batch is which sequence, and which rows are padding, only the
+loop knows. It tells nobody, and wrapping each of mlx-lm's loops would miss those that were
+imported by name; so the callers' frames are read. Every loop that this knows is named here, and
+`tests/test_recording.py` runs each of them: a change in mlx-lm shows there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+DEPTH = 12
+"""Frames to look up; mlx-lm's loops are two to four above the model's call."""
+
+PADDING, PREFILL, DECODE = 0, 1, 2
+PHASES = ("padding", "prefill", "decode")
+"""Names of the phases, by code."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopView:
+    """One forward pass as its loop sees it."""
+
+    first_phase: int
+    """Phase of each row's first token."""
+    rest_phase: int
+    """Phase of the tokens after it."""
+    logits_used: bool = True
+    """False for a chunk of a prompt of which only the cache is kept."""
+    all_rows: bool = False
+    """The loop uses the logits of every token, not only of the last."""
+    batch: Any = None
+    """The `BatchGenerator` that owns the rows; None outside of one."""
+    sequences: Sequence[int] | None = None
+    """The rows' own numbers in that batch."""
+    lengths: Sequence[int] | None = None
+    """Real tokens in each row of this pass; the others are padding at the right."""
+
+
+CHUNK = LoopView(PREFILL, PREFILL, logits_used=False)
+LAST_OF_PROMPT = LoopView(PREFILL, PREFILL)
+GENERATED = LoopView(DECODE, DECODE)
+
+
+def view(length: int) -> LoopView:
+    """Describes the forward pass from which this is called.
+
+    Args:
+        length: Tokens a row; decides the phase where no loop of mlx-lm is found.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(DEPTH):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") == "mlx_lm.generate":
+            found = _in_mlx_lm(frame, length)
+            if found is not None:
+                return found
+        frame = frame.f_back
+    return GENERATED if length == 1 else LAST_OF_PROMPT
+
+
+def _in_mlx_lm(frame: FrameType, length: int) -> LoopView | None:
+    name = frame.f_code.co_qualname
+    if name == "generate_step":
+        return CHUNK  # its sampling passes go through _step, which is met first
+    if name == "generate_step.<locals>._step":
+        # `n` counts generated tokens and is set once the prompt's last token has gone through.
+        started = frame.f_back is not None and "n" in frame.f_back.f_locals
+        return GENERATED if started else LAST_OF_PROMPT
+    if name == "speculative_generate_step.<locals>._prefill":
+        return CHUNK
+    if name == "speculative_generate_step.<locals>._step":
+        # One certain token and some drafts; the first pass begins with the prompt's last token.
+        started = frame.f_back is None or frame.f_back.f_locals.get("ntoks", 0) > 0
+        return LoopView(DECODE if started else PREFILL, DECODE, all_rows=True)
+    if name == "PromptProcessingBatch.prompt":
+        batch, local = frame.f_locals["self"], frame.f_locals
+        done = local["max_length"] - local["tokens"].shape[1]
+        lengths = [min(max(n - done, 0), length) for n in local["lengths"]]
+        return LoopView(
+            PREFILL, PREFILL, logits_used=False, batch=_owner(frame), sequences=list(batch.uids),
+            lengths=lengths,
+        )  # fmt: skip
+    if name == "GenerationBatch._step":
+        batch = frame.f_locals["self"]
+        # The first pass of a new batch takes the prompts' last tokens and has no logprobs yet.
+        phase = DECODE if len(batch._current_logprobs) else PREFILL
+        return LoopView(phase, phase, batch=_owner(frame), sequences=list(batch.uids))
+    return None
+
+
+def _owner(frame: FrameType | None) -> Any:
+    """Returns the `BatchGenerator` above `frame`."""
+    for _ in range(DEPTH):
+        if frame is None:
+            return None
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "BatchGenerator":
+            return owner
+        frame = frame.f_back
+    return None
