@@ -1,0 +1,120 @@
+"""The command line: thin subcommands over functions that a notebook can call as well."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import MoelabError
+from .experts.capacity import Capacity
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `moelab …`.
+
+    Args:
+        argv: Arguments; None takes the process's own.
+
+    Returns:
+        The exit status: 0 fine, 1 an error that was explained, 130 interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except MoelabError as error:
+        print(f"moelab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("moelab: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `moelab … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def capacity(text: str) -> Capacity:
+    """Reads a capacity as a user types it: `24` counts experts, `0.5` is a share, or `auto`."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="moelab",
+        description="Run Mixture-of-Experts models with part of their experts in memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"moelab {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    one = commands.add_parser("demo", help="generate, record and draw, with the shipped model")
+    _model(one)
+    one.add_argument("--capacity", type=capacity, default=0.5, help="experts a layer (default 0.5)")
+    one.add_argument("--out", default="moelab-demo", help="folder for charts (%(default)s)")
+    one.add_argument("--max-tokens", type=int, default=100, help="for each answer (%(default)s)")
+    one.set_defaults(command=_demo)
+
+    one = commands.add_parser("check", help="check on this machine what moelab promises")
+    _model(one)
+    one.add_argument("--capacity", type=capacity, default=None, help="experts a layer")
+    one.add_argument("--out", default="moelab-check", help="folder for the report (%(default)s)")
+    one.set_defaults(command=_check)
+
+    one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
+    kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    two = kinds.add_parser("decode", help="decoding at several capacities, against stock")
+    _model(two)
+    two.add_argument("--rounds", type=int, default=15, help="measured rounds (%(default)s)")
+    two.add_argument("--tokens", type=int, default=64, help="tokens a round (%(default)s)")
+    two.add_argument("--seed", type=int, default=0, help="order of the rounds (%(default)s)")
+    two.add_argument("--out", default=None, help="folder for bench-decode.json and .md")
+    two.set_defaults(command=_bench_decode)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default="lab", help="'lab' (shipped), a folder, or a name on the hub"
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import demo, summary
+
+    made = demo(
+        arguments.model, arguments.capacity, folder=arguments.out, max_tokens=arguments.max_tokens
+    )
+    print(summary(made))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from .check import check
+
+    report = check(arguments.model, capacity=arguments.capacity)
+    report.save(Path(arguments.out))
+    print(report.page())
+    return 0
+
+
+def _bench_decode(arguments: argparse.Namespace) -> int:
+    from .bench.decode import bench_decode
+
+    result = bench_decode(
+        arguments.model, rounds=arguments.rounds, tokens=arguments.tokens, seed=arguments.seed
+    )
+    print(result.page())
+    if arguments.out is not None:
+        result.save(Path(arguments.out))
+    return 0

@@ -1,0 +1,7 @@
+"""Charts of recorded frames. Each function takes a frame and returns matplotlib `Axes`."""
+
+from __future__ import annotations
+
+from .routing import domain_experts, expert_map, hit_rate_by_layer, hit_rate_over_time
+
+__all__ = ["domain_experts", "expert_map", "hit_rate_by_layer", "hit_rate_over_time"]
