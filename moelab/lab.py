@@ -221,6 +221,11 @@ class Lab:
         return min(self.capacities)
 
     @property
+    def shards(self) -> list[Path]:
+        """The checkpoint's files."""
+        return sorted({span.path for span in self._spans.values()})
+
+    @property
     def attachment(self) -> Attachment:
         """The bank and how it is attached."""
         return self._attachment

@@ -103,6 +103,11 @@ class ExpertLoader:
         self.expert_disk_bytes = sum(t.disk_bytes for t in self._tensors)
         """Bytes that one load reads."""
 
+    def pieces(self, expert: int) -> list[tuple[int, int, int]]:
+        """Returns file descriptor, offset and length of each piece of an expert on disk."""
+        places = [(*tensor.place(expert), tensor.disk_bytes) for tensor in self._tensors]
+        return [(self._files.fd(path), offset, nbytes) for path, offset, nbytes in places]
+
     def read(self, loads: Sequence[Load]) -> list[float]:
         """Reads experts into their slots and returns when all are there.
 
