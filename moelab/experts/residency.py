@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .policy import Policy
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """One expert to read from disk into a slot."""
 
     expert: int
@@ -68,17 +68,26 @@ class Residency:
         slot_of = self.slot_of
         return [expert for expert in needed if expert not in slot_of]
 
+    def fits(self, needed: Sequence[int]) -> bool:
+        """Whether an event can be served in one round."""
+        pinned = sum(1 for e in self.pinned if e in self.slot_of and e not in needed)
+        return len(needed) + pinned <= self.capacity
+
+    def admit(self, needed: Sequence[int], misses: Sequence[int]) -> list[Load]:
+        """Makes room for the misses of an event that fits; returns what to load."""
+        return self._place(misses, self.pinned.union(needed))
+
     def rounds(self, needed: Sequence[int], misses: Sequence[int]) -> Iterator[Round]:
         """Yields what to load and serve, in order; one round unless the event is swept.
 
         A round's loads are to be done, and confirmed, before the next round is asked for.
         """
+        if self.fits(needed):
+            yield Round(needed, self.admit(needed, misses))
+            return
         absent = set(misses)
         protected = self.pinned.union(needed)
         room = len(self._free) + sum(1 for e in self.slot_of if e not in protected)
-        if len(misses) <= room:
-            yield Round(needed, self._place(misses, protected))
-            return
         waiting = list(self.policy.sweep_order(misses))
         serve = [expert for expert in needed if expert not in absent]
         while waiting or serve:

@@ -15,7 +15,6 @@ import mlx.nn as nn
 import numpy as np
 
 from .bank import LayerBank
-from .residency import Round
 
 EAGER_BYTES = 1 << 20
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
@@ -62,13 +61,10 @@ class PartialSwitch(nn.Module):
         # be overwritten below; in ordinary decoding it has been evaluated long since.
         mx.eval(indices, pending)
         pending.clear()
-        ids = np.array(indices, copy=False)
-        needed = sorted(set(ids.ravel().tolist()))
-        misses = layer.begin(needed)
-        if misses:
-            y = self._serve(x, ids, needed, misses)
+        if indices.size == indices.shape[-1]:
+            y, misses = self._one_token(x, indices)
         else:
-            y = layer.switch(x, _remapped(layer, ids))
+            y, misses = self._many_tokens(x, indices)
         layer.end()
         if y.nbytes > EAGER_BYTES:
             mx.eval(y)
@@ -76,25 +72,48 @@ class PartialSwitch(nn.Module):
             pending.append(y)
         if self.observer is None:
             return y
-        return self.observer(layer.layer, ids, frozenset(misses), y)
+        return self.observer(layer.layer, np.array(indices, copy=False), frozenset(misses), y)
 
-    def _serve(
+    def _one_token(self, x: mx.array, indices: mx.array) -> tuple[mx.array, list[int]]:
+        """A decoded token: so few ids that plain Python is faster than numpy."""
+        layer: LayerBank = self._bank
+        ids: Any = indices.tolist()
+        for _ in range(indices.ndim - 1):
+            ids = ids[0]
+        needed = sorted(set(ids))
+        misses = layer.begin(needed)
+        if misses:
+            layer.load(layer.residency.admit(needed, misses))
+        slot_of = layer.residency.slot_of
+        slots: Any = [slot_of[expert] for expert in ids]
+        for _ in range(indices.ndim - 1):
+            slots = [slots]
+        return layer.switch(x, mx.array(slots, mx.uint32)), misses
+
+    def _many_tokens(self, x: mx.array, indices: mx.array) -> tuple[mx.array, list[int]]:
+        """A prefill chunk or a batch; swept if it needs more experts than there are slots."""
+        layer: LayerBank = self._bank
+        ids = np.array(indices, copy=False)
+        needed = np.unique(ids).tolist()
+        misses = layer.begin(needed)
+        if layer.residency.fits(needed):
+            if misses:
+                layer.load(layer.residency.admit(needed, misses))
+            return layer.switch(x, mx.array(layer.slot_table()[ids])), misses
+        return self._sweep(x, ids, needed, misses), misses
+
+    def _sweep(
         self, x: mx.array, ids: np.ndarray, needed: list[int], misses: list[int]
     ) -> mx.array:
+        """Computes each round's (token, expert) pairs by themselves, then puts them in order."""
         layer: LayerBank = self._bank
-        rounds = layer.residency.rounds(needed, misses)
-        first = next(rounds)
-        layer.load(first.loads)
-        if len(first.serve) == len(needed):
-            return layer.switch(x, _remapped(layer, ids))
-        # A sweep: the (token, expert) pairs of each round by themselves, put in order at the end.
         pairs = ids.reshape(-1)
         tokens = x.reshape(-1, x.shape[-1])
         top_k = ids.shape[-1]
         outputs: list[mx.array] = []
         order: list[np.ndarray] = []
-        served: Round | None = first
-        while served is not None:
+        for served in layer.residency.rounds(needed, misses):
+            layer.load(served.loads)
             chosen = np.flatnonzero(np.isin(pairs, served.serve))
             slots = layer.slot_table()[pairs[chosen]]
             y = layer.switch(tokens[mx.array(chosen // top_k)], mx.array(slots[:, None]))
@@ -102,18 +121,6 @@ class PartialSwitch(nn.Module):
             mx.eval(y)
             outputs.append(y.squeeze(-2))
             order.append(chosen)
-            served = next(rounds, None)
-            if served is not None:
-                layer.load(served.loads)
         back = np.argsort(np.concatenate(order))
         y = mx.concatenate(outputs)[mx.array(back)]
         return y.reshape(*ids.shape, y.shape[-1])
-
-
-def _remapped(layer: LayerBank, ids: np.ndarray) -> mx.array:
-    """Returns `ids` with slots in place of experts, all of which are resident."""
-    if ids.size <= 64:
-        slot_of = layer.residency.slot_of
-        slots = np.array([slot_of[e] for e in ids.ravel().tolist()], np.uint32)
-        return mx.array(slots.reshape(ids.shape))
-    return mx.array(layer.slot_table()[ids])
