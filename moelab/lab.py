@@ -174,7 +174,6 @@ class Lab:
                 {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
             )
         options = {**sampling.options(), **options}
-        self.tokenizer.detokenizer.reset()
         yield from stream_generate(self.model, self.tokenizer, tokens, **options)
 
     def generate(self, prompt: Prompt, max_tokens: int = 200, **options: Any) -> str:

@@ -65,6 +65,8 @@ class PartialSwitch(nn.Module):
             y, misses = self._one_token(x, indices)
         else:
             y, misses = self._many_tokens(x, indices)
+        # Started now, so that it runs while Python builds what follows up to the next read-back.
+        mx.async_eval(y)
         layer.end()
         if y.nbytes > EAGER_BYTES:
             mx.eval(y)
