@@ -149,11 +149,14 @@ class ExpertLoader:
         begin = time.perf_counter()
         expert, slot, _ = load
         if self._direct:
-            for fd, start, nbytes, slots in self._stacked:
-                if os.preadv(fd, (slots[slot],), start + expert * nbytes) != nbytes:
-                    break  # cut short, or the file ended: below, with the error that says so
-            else:
-                return time.perf_counter() - begin
+            try:
+                for fd, start, nbytes, slots in self._stacked:
+                    if os.preadv(fd, (slots[slot],), start + expert * nbytes) != nbytes:
+                        break  # cut short, or the file ended: below, with the error that says so
+                else:
+                    return time.perf_counter() - begin
+            except OSError:
+                pass  # again below, where the error says which expert of which file
         for tensor in self._tensors:
             path, offset = tensor.place(load.expert)
             row = tensor.slots[load.slot]
