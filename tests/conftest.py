@@ -1,0 +1,20 @@
+"""What holds for every test, and fixtures that several files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+# Before mlx-lm is imported, which keeps a stream of the default device: the tests compare bit for
+# bit, which is promised for a CPU. `moelab check` measures Metal.
+mx.set_default_device(mx.cpu)
+
+
+@pytest.fixture(scope="session")
+def lab_path() -> Path:
+    """The shipped model's folder, for stock mlx-lm to load."""
+    from moelab.checkpoint.resolve import resolve
+
+    return resolve("lab")
