@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         MoelabError,
         NotYetError,
     )
-    from .lab import Lab, load
+    from .lab import Lab
+    from .loading import load
     from .oneshot import Session, generate, release, stream_generate
     from .routing.recording import Recording, read_recording
 
@@ -31,7 +32,7 @@ _HOME = {
     "MoelabError": "errors",
     "NotYetError": "errors",
     "Lab": "lab",
-    "load": "lab",
+    "load": "loading",
     "Session": "oneshot",
     "generate": "oneshot",
     "release": "oneshot",

@@ -53,7 +53,7 @@ def demo(
     """
     import time
 
-    from .lab import load
+    from .loading import load
 
     begin = time.perf_counter()
     out = Path(folder)
@@ -84,8 +84,10 @@ def draw(lab: Lab, recording: Recording, folder: Path) -> list[Path]:
             "hit-rate-over-time": plots.hit_rate_over_time(recording.tokens, uniform=share),
         }.items():
             charts.append(folder / f"{name}.png")
-            ax.figure.savefig(charts[-1], dpi=150, bbox_inches="tight")
-            plt.close(ax.figure)
+            figure = ax.get_figure(root=True)
+            assert figure is not None
+            figure.savefig(charts[-1], dpi=150, bbox_inches="tight")
+            plt.close(figure)
     return charts
 
 

@@ -132,7 +132,7 @@ class Session:
         dtype: str | None = None,
         **options: Any,
     ) -> None:
-        from .lab import load
+        from .loading import load
 
         _refuse_unbuilt(profile_path=profile_path, cache_dir=cache_dir)
         self.lab = load(model, capacity, dtype=dtype)
@@ -175,7 +175,7 @@ class Session:
 
 
 def _lab(model: str | Path, capacity: Capacity, dtype: str | None) -> Lab:
-    from .lab import load
+    from .loading import load
 
     global _kept
     key = _Key(str(model), capacity, type(capacity), dtype)

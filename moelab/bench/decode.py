@@ -196,7 +196,7 @@ def bench_decode(
     import mlx_lm
 
     from ..checkpoint.resolve import resolve
-    from ..lab import load
+    from ..loading import load
 
     folder = resolve(name_or_path)
     first, tokenizer = mlx_lm.load(str(folder))[:2]

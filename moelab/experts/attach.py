@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import TensorSpan
 from ..checkpoint.provenance import Trace
@@ -135,6 +136,11 @@ def _check_size(
 def all_parameters(model: nn.Module) -> dict[str, Any]:
     """Returns a model's parameters, also while a bank is attached (slots, not all experts)."""
     return nn.Module.parameters(model)
+
+
+def arrays_in(tree: Any) -> list[mx.array]:
+    """Returns the arrays in a tree of parameters or modules."""
+    return [array for _, array in tree_flatten(tree) if isinstance(array, mx.array)]
 
 
 def _ancestors(root: nn.Module, replaced: set[int]) -> list[nn.Module]:

@@ -14,7 +14,7 @@ PHASE_COLOURS = {"prefill": "#7a9cc6", "decode": "#d1495b", "padding": "#bbbbbb"
 SEQUENCE = "viridis"
 """Colour map for amounts."""
 
-RC: dict[str, Any] = {
+RC: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
