@@ -57,8 +57,8 @@ def demo(
 
     begin = time.perf_counter()
     out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
     with load(name_or_path, capacity) as lab:
+        out.mkdir(parents=True, exist_ok=True)  # after loading: a failed demo leaves nothing
         description = repr(lab)
         with lab.record() as recording:
             answers = {p: lab.generate(p, max_tokens, seed=0).strip() for p in PROMPTS}
