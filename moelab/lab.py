@@ -171,7 +171,10 @@ class Lab:
                 {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
             )
         options = {**sampling.options(), **options}
-        yield from stream_generate(self.model, self.tokenizer, tokens, **options)
+        for response in stream_generate(self.model, self.tokenizer, tokens, **options):
+            yield response
+            # A closed lab's model is stock again: going on would read every expert into memory.
+            self._check_open()
 
     def generate(self, prompt: Prompt, max_tokens: int = 200, **options: Any) -> str:
         """Generates text and returns it whole. Takes the arguments of `stream`."""
