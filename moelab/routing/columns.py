@@ -24,10 +24,11 @@ _KEYS = {
     "run": Column("int32", "One cache's life, numbered from 0: a chat is one run."),
     "sequence": Column("int32", "Sequence within a batch."),
     "step": Column("int32", "Forward pass within the run, numbered from 0."),
-    "position": Column("int32", "Tokens in the cache before this one."),
-}
+    "position": Column("int32", "Tokens in the cache before this one. Where a draft was rejected "
+                       "a later row has the same position: the last one stands."),
+}  # fmt: skip
 _TOKEN = {
-    "token_id": Column("int32", "The token's id."),
+    "token_id": Column("int32", "The token's id; -1 where an embedding stood for it."),
     "token": Column("category", "Its text."),
     "phase": Column("category", "'prefill' for prompt tokens, 'decode' for generated ones, "
                     "'padding' for what fills up a batch."),
@@ -40,7 +41,8 @@ SCHEMA: Mapping[str, Mapping[str, Column]] = {
         "layer": Column("int16", "Decoder layer."),
         "rank": Column("int16", "0 for the token's highest weight in this layer."),
         "expert": Column("int32", "The expert that the router chose."),
-        "weight": Column("float32", "The factor that the block applied to the expert's output."),
+        "weight": Column("float32", "The factor that the block applied to the expert's output. NaN "
+                         "where it is not known; a slot of weight 0 is not routed."),
         "hit": Column("bool", "The expert was resident when the step began."),
     },
     "tokens": {

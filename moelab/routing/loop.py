@@ -4,7 +4,7 @@ A forward pass sees token ids and a cache. Whether a single token is the prompt'
 first generated one, which row of a batch is which sequence, and which rows are padding, only the
 loop knows. It tells nobody, and wrapping each of mlx-lm's loops would miss those that were
 imported by name; so the callers' frames are read. Every loop that this knows is named here, and
-`tests/test_recording.py` runs each of them: a change in mlx-lm shows there.
+`tests/test_recording_runs.py` runs each of them: a change in mlx-lm shows there.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def view(length: int) -> LoopView:
     Args:
         length: Tokens a row; decides the phase where no loop of mlx-lm is found.
     """
+    module = sys.modules.get("mlx_lm.generate")
+    known = None if module is None else vars(module)
     frame: FrameType | None = sys._getframe(2)
     for _ in range(DEPTH):
         if frame is None:
             break
-        if frame.f_globals.get("__name__") == "mlx_lm.generate":
+        if frame.f_globals is known:
             found = _in_mlx_lm(frame, length)
             if found is not None:
                 return found
@@ -67,19 +69,15 @@ def view(length: int) -> LoopView:
 
 
 def _in_mlx_lm(frame: FrameType, length: int) -> LoopView | None:
-    name = frame.f_code.co_qualname
-    if name == "generate_step":
-        return CHUNK  # its sampling passes go through _step, which is met first
+    name, caller = frame.f_code.co_qualname, frame.f_back
     if name == "generate_step.<locals>._step":
         # `n` counts generated tokens and is set once the prompt's last token has gone through.
-        started = frame.f_back is not None and "n" in frame.f_back.f_locals
+        started = caller is not None and "n" in caller.f_locals
         return GENERATED if started else LAST_OF_PROMPT
-    if name == "speculative_generate_step.<locals>._prefill":
-        return CHUNK
+    if name in ("generate_step", "speculative_generate_step.<locals>._prefill"):
+        return CHUNK  # generate_step's other passes go through its _step, which is met first
     if name == "speculative_generate_step.<locals>._step":
-        # One certain token and some drafts; the first pass begins with the prompt's last token.
-        started = frame.f_back is None or frame.f_back.f_locals.get("ntoks", 0) > 0
-        return LoopView(DECODE if started else PREFILL, DECODE, all_rows=True)
+        return _speculative(caller)
     if name == "PromptProcessingBatch.prompt":
         batch, local = frame.f_locals["self"], frame.f_locals
         done = local["max_length"] - local["tokens"].shape[1]
@@ -96,13 +94,24 @@ def _in_mlx_lm(frame: FrameType, length: int) -> LoopView | None:
     return None
 
 
+def _speculative(caller: FrameType | None) -> LoopView:
+    """Describes a pass of speculative decoding; its first begins with the prompt's last token."""
+    drafted: list[Any] | None = None
+    if caller is not None and caller.f_code.co_name == "_draft_generate":
+        drafted, caller = caller.f_locals.get("ys", []), caller.f_back
+    started = caller is None or caller.f_locals.get("ntoks", 0) > 0
+    if drafted is not None:  # the draft model: one token at a time
+        return GENERATED if started or drafted else LAST_OF_PROMPT
+    # The model itself: one certain token and some drafts.
+    return LoopView(DECODE if started else PREFILL, DECODE, all_rows=True)
+
+
 def _owner(frame: FrameType | None) -> Any:
     """Returns the `BatchGenerator` above `frame`."""
     for _ in range(DEPTH):
         if frame is None:
             return None
-        owner = frame.f_locals.get("self")
-        if type(owner).__name__ == "BatchGenerator":
-            return owner
+        if frame.f_code.co_qualname.startswith("BatchGenerator."):
+            return frame.f_locals.get("self")
         frame = frame.f_back
     return None

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def miss_rates(routing: pd.DataFrame, by: Sequence[str] | str = ()) -> pd.DataFrame:
+def miss_rates(routing: pd.DataFrame, by: Sequence[str] | str | None = ()) -> pd.DataFrame:
     """Gives misses in the three ways in which they can be counted.
 
     The three differ, and published figures seldom say which they mean: a rare expert that misses
@@ -22,7 +22,7 @@ def miss_rates(routing: pd.DataFrame, by: Sequence[str] | str = ()) -> pd.DataFr
 
     Args:
         routing: A recording's `routing`.
-        by: Columns to group by, such as `"layer"` or `["phase", "layer"]`. None: overall.
+        by: Columns to group by, such as `"layer"` or `["phase", "layer"]`; none for overall.
 
     Returns:
         A row a group: the group's keys; `routed`, `hits`, `misses` (slots, int64); `slots`,
@@ -30,7 +30,7 @@ def miss_rates(routing: pd.DataFrame, by: Sequence[str] | str = ()) -> pd.DataFr
     """
     import pandas as pd
 
-    keys = [by] if isinstance(by, str) else list(by)
+    keys = [by] if isinstance(by, str) else list(by or ())
     frame = routing[["run", "step", "layer", "expert", "weight", "hit", *_new(keys)]].copy()
     frame["miss"] = ~frame["hit"]
     frame["missed_weight"] = frame["weight"].where(frame["miss"], 0.0).astype("float64")
@@ -71,7 +71,8 @@ def expert_shares(routing: pd.DataFrame) -> pd.DataFrame:
         row. Experts that were never chosen and lie between chosen ones are there, with 0.
     """
     counts = routing.groupby(["layer", "expert"]).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=range(int(counts.columns.max()) + 1), fill_value=0)
+    width = 0 if counts.empty else int(counts.columns.max()) + 1
+    counts = counts.reindex(columns=range(width), fill_value=0)
     return counts.div(counts.sum(axis=1), axis=0)
 
 

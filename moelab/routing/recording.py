@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..display import facts_html, facts_text
 from ..errors import MoelabError
 from .columns import SCHEMA, typed
 from .metrics import expert_shares, miss_rates
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TABLES = tuple(SCHEMA)
 FORMAT = 1
 """Version of the folder that `save` writes."""
+
+MANIFEST = "run.json"
 
 
 class Recording:
@@ -57,7 +59,7 @@ class Recording:
         """A row an expert load."""
         return self._frame("loads")
 
-    def misses(self, by: Sequence[str] | str = ()) -> pd.DataFrame:
+    def misses(self, by: Sequence[str] | str | None = ()) -> pd.DataFrame:
         """The three miss figures; see `moelab.routing.metrics.miss_rates`."""
         return miss_rates(self.routing, by)
 
@@ -80,22 +82,26 @@ class Recording:
             The folder: `routing.parquet`, `tokens.parquet`, `loads.parquet`, `run.json`.
 
         Raises:
-            MoelabError: If the folder exists and is no recording.
+            MoelabError: If the folder exists and holds anything but a recording.
         """
         target = Path(folder).expanduser()
-        if target.exists() and not (target / "run.json").exists() and any(target.iterdir()):
-            raise MoelabError(f"{target} exists and is no recording; it is left alone.")
+        _refuse_others(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
+            whole, old = Path(made) / "whole", Path(made) / "old"
+            whole.mkdir()
             for table in TABLES:
-                self._frame(table).to_parquet(Path(made) / f"{table}.parquet", index=False)
-            text = json.dumps({"format": FORMAT, **self.run}, indent=2)
-            (Path(made) / "run.json").write_text(text)
-            Path(made).chmod(0o755)  # a temporary folder is private; a recording need not be
+                self._frame(table).to_parquet(whole / f"{table}.parquet", index=False)
+            text = json.dumps({"format": FORMAT, **self.run}, indent=2, default=_plain)
+            (whole / MANIFEST).write_text(text, encoding="utf-8")
             if target.exists():
-                shutil.rmtree(target)
-            Path(made).rename(target)
-            Path(made).mkdir()  # for the context manager to remove
+                target.rename(old)  # and goes with the temporary folder
+            try:
+                whole.rename(target)
+            except BaseException:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                raise
         return target
 
     def _frame(self, table: str) -> pd.DataFrame:
@@ -123,19 +129,10 @@ class Recording:
         }
 
     def __repr__(self) -> str:
-        facts = self._summary()
-        width = max(map(len, facts))
-        return "Recording\n" + "\n".join(f"  {k:<{width}}  {v}" for k, v in facts.items())
+        return facts_text("Recording", self._summary())
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(k)}</th>"
-            f"<td style='text-align:left'>{escape(v)}</td></tr>"
-            for k, v in self._summary().items()
-        )
-        return f"<table><caption><b>Recording</b></caption>{rows}</table>"
+        return facts_html("Recording", self._summary())
 
 
 def read_recording(folder: str | Path) -> Recording:
@@ -148,74 +145,100 @@ def read_recording(folder: str | Path) -> Recording:
 
     path = Path(folder).expanduser()
     try:
-        run = json.loads((path / "run.json").read_text())
+        run = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version = run.pop("format")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise MoelabError(f"{path} holds no recording ({error!r}).") from error
     if version != FORMAT:
-        raise MoelabError(f"{path} has format {version}, and this moelab reads format {FORMAT}.")
+        raise MoelabError(
+            f"{path} has format {version!r}, and this moelab reads format {FORMAT}. "
+            "Read it with the moelab that wrote it."
+        )
+    lacking = [table for table in TABLES if not (path / f"{table}.parquet").is_file()]
+    if lacking:
+        raise MoelabError(
+            f"{path} lacks {', '.join(lacking)}.parquet, so it is no whole recording."
+        )
 
     def build(table: str) -> pd.DataFrame:
-        return typed(table, pd.read_parquet(path / f"{table}.parquet"))
+        try:
+            return typed(table, pd.read_parquet(path / f"{table}.parquet"))
+        except (OSError, ValueError, KeyError) as error:
+            raise MoelabError(f"{path / table}.parquet cannot be read: {error}") from error
 
     recording = Recording(run, build)
     recording.complete()
     return recording
 
 
+def _refuse_others(target: Path) -> None:
+    """Raises unless `target` is absent, an empty folder, or a recording and nothing else."""
+    if not target.exists() and not target.is_symlink():
+        return
+    known = {MANIFEST, *(f"{table}.parquet" for table in TABLES)}
+    if target.is_symlink() or not target.is_dir():
+        raise MoelabError(f"{target} is no folder; it is left alone.")
+    names = {entry.name for entry in target.iterdir()}
+    if names and (MANIFEST not in names or names - known):
+        others = ", ".join(sorted(names - known)[:3]) or f"no {MANIFEST}"
+        raise MoelabError(f"{target} exists and is no recording ({others}); it is left alone.")
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON can hold for numpy's numbers, paths and the like."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
 def frame_builder(
-    store: Store, texts_of: Callable[[np.ndarray], dict[int, str]], load_bytes: dict[int, int]
+    store: Store, decode: Callable[[list[int]], str], load_bytes: dict[int, int]
 ) -> Callable[[str], pd.DataFrame]:
     """Returns what builds frames from a store.
 
     Args:
-        store: The columns.
-        texts_of: Gives the text of each of some token ids.
+        store: The rows.
+        decode: Gives the text of token ids.
         load_bytes: Bytes of one load, by layer.
     """
+    texts: dict[int, str] = {-1: ""}  # where embeddings stood for tokens
 
-    def shared(tokens: dict[str, np.ndarray], rows: Any) -> tuple[dict[str, np.ndarray], list[str]]:
-        names = texts_of(np.unique(tokens["token_id"]))
-        texts = sorted(set(names.values()))
-        code_of = {text: code for code, text in enumerate(texts)}
-        codes = {token: code_of[text] for token, text in names.items()}
-        token = np.array([codes[t] for t in tokens["token_id"].tolist()], np.int32)
+    def text(token: int) -> str:
+        if token not in texts:
+            texts[token] = decode([token])
+        return texts[token]
+
+    def shared(tokens: np.ndarray, rows: Any) -> tuple[dict[str, np.ndarray], list[str]]:
+        ids, place = np.unique(tokens["token_id"], return_inverse=True)
+        names = [text(token) for token in ids.tolist()]
+        categories = sorted(set(names))
+        code_of = {name: code for code, name in enumerate(categories)}
+        codes = np.array([code_of[name] for name in names], np.int32)[place]
         keys = ("run", "sequence", "step", "position", "token_id", "phase")
-        return {**{k: tokens[k][rows] for k in keys}, "token": token[rows]}, texts
+        return {**{k: tokens[k][rows] for k in keys}, "token": codes[rows]}, categories
 
-    def bytes_of(loads: dict[str, np.ndarray]) -> np.ndarray:
-        layers = loads["layer"].tolist()
-        return np.array([load_bytes[layer] for layer in layers], np.int64)
+    def bytes_of(loads: np.ndarray) -> np.ndarray:
+        table = np.zeros(max(load_bytes, default=0) + 1, np.int64)
+        table[list(load_bytes)] = list(load_bytes.values())
+        return table[loads["layer"]]
 
     def build(table: str) -> pd.DataFrame:
-        tokens = store.tokens()
-        count = len(tokens["run"])
+        loads, tokens = store.loads(), store.tokens()
         if table == "loads":
-            loads = store.loads()
-            keys = ("run", "sequence", "step", "position")
-            return typed(
-                table,
-                {
-                    **{k: tokens[k][loads["token_row"]] for k in keys},
-                    "layer": loads["layer"],
-                    "expert": loads["expert"],
-                    "bytes": bytes_of(loads),
-                    "seconds": loads["seconds"],
-                },
-            )
+            row = loads["token_row"]
+            columns = {k: tokens[k][row] for k in ("run", "sequence", "step", "position")}
+            columns.update({k: loads[k] for k in ("layer", "expert", "seconds")})
+            return typed(table, {**columns, "bytes": bytes_of(loads)})
         routing = store.routing()
         if table == "routing":
-            columns, texts = shared(tokens, routing["token_row"])
+            columns, categories = shared(tokens, routing["token_row"])
             columns.update({k: routing[k] for k in ("layer", "rank", "expert", "weight")})
-            columns["hit"] = routing["miss"] == 0
-            return typed(table, columns, texts)
-        columns, texts = shared(tokens, slice(None))
+            return typed(table, {**columns, "hit": routing["miss"] == 0}, categories)
+        count = len(tokens)
+        columns, categories = shared(tokens, slice(None))
         misses = np.bincount(routing["token_row"], routing["miss"], count).astype(np.int64)
-        routed = np.bincount(routing["token_row"], minlength=count)
-        loads = store.loads()
         columns.update({k: tokens[k] for k in ("logprob", "entropy", "seconds")})
-        columns["misses"], columns["hits"] = misses, routed - misses
+        columns["misses"] = misses
+        columns["hits"] = np.bincount(routing["token_row"], minlength=count) - misses
         columns["bytes_read"] = np.bincount(loads["token_row"], bytes_of(loads), count)
-        return typed(table, columns, texts)
+        return typed(table, columns, categories)
 
     return build

@@ -7,8 +7,6 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import ClosedError
 from .recorder import Recorder
 from .recording import Recording, frame_builder
@@ -28,41 +26,52 @@ class RecordingSession:
 
     def __init__(self, lab: Lab, *, prompt_logprobs: bool = False) -> None:
         self._lab = lab
-        self._store = Store([(site.layer, site.top_k) for site in lab.sites])
-        experts = max(site.experts for site in lab.sites)
-        self._recorder = Recorder(self._store, experts, prompt_logprobs=prompt_logprobs)
         self._recording: Recording | None = None
+        self._recorder: Recorder | None = None
         self._prompt_logprobs = prompt_logprobs
 
     def __enter__(self) -> Recording:
         if self._recording is not None:
             raise ClosedError("A recording records once. Ask for another: lab.record().")
         lab = self._lab
+        run = manifest(lab, prompt_logprobs=self._prompt_logprobs)
+        experts = max(run["experts"])
+        store = Store([(site.layer, site.top_k) for site in lab.sites], experts)
         load_bytes = {
             layer.layer: layer.loader.expert_disk_bytes for layer in lab.attachment.bank.layers
         }
-        self._recording = Recording(
-            manifest(lab, prompt_logprobs=self._prompt_logprobs),
-            frame_builder(self._store, self._texts, load_bytes),
+        # The recording outlives the lab, so it is given nothing that holds on to the model.
+        self._recorder = Recorder(
+            store, experts, prompt_logprobs=self._prompt_logprobs, problems=run["problems"]
         )
-        lab.watch.add(self._recorder)
-        lab.sessions.append(self)
+        self._recording = Recording(run, frame_builder(store, lab.tokenizer.decode, load_bytes))
+        try:
+            lab.watch.add(self._recorder)
+            lab.sessions.append(self)
+        except BaseException:
+            self.__exit__()
+            raise
         return self._recording
 
     def __exit__(self, *_: object) -> None:
+        try:
+            self._leave()
+        except BaseException:
+            self._leave()  # an interrupt must not leave the model watched, or rows unread
+            raise
+
+    def _leave(self) -> None:
+        """Ends the recording. Calling it again goes on with what an interrupt left."""
+        assert self._recording is not None and self._recorder is not None
         self._lab.watch.remove(self._recorder)
         self._lab.sessions = [s for s in self._lab.sessions if s is not self]
         self._recorder.finish()
-        assert self._recording is not None
         self._recording.complete()
 
     def note_generation(self, settings: dict[str, Any]) -> None:
         """Told by the lab how a generation that is about to start is set up."""
         assert self._recording is not None
         self._recording.run["generations"].append(settings)
-
-    def _texts(self, tokens: np.ndarray) -> dict[int, str]:
-        return {t: self._lab.tokenizer.decode([t]) for t in tokens.tolist()}
 
 
 def manifest(lab: Lab, **options: Any) -> dict[str, Any]:
@@ -82,6 +91,7 @@ def manifest(lab: Lab, **options: Any) -> dict[str, Any]:
             for layer in lab.attachment.bank.layers
         },
         "generations": [],
+        "problems": [],
         "versions": {
             name: version(name) for name in ("moelab", "mlx", "mlx-lm", "numpy", "pandas")
         },

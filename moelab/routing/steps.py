@@ -1,15 +1,19 @@
 """Watches a lab's model run: one `Step` for each forward pass, for whoever records.
 
-The model's class is exchanged for a subclass while somebody watches, since `nn.Module` looks
-`__call__` up on the type. Switches tell of ids and misses; what the block multiplies their
-output by is caught by `Weighted`. Nothing here waits for a computation.
+While somebody watches, the classes of the model and of its stock switches are exchanged for
+subclasses, since `nn.Module` looks `__call__` up on the type; names, parameters and identity of
+the modules stay. Switches tell of ids and misses; what the block multiplies their output by is
+caught by `Weighted`. Nothing here waits for a computation.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -31,7 +35,8 @@ class LayerEvent:
     missing: frozenset[int] | None
     """Experts that were not resident; None where all always are."""
     weights: mx.array | None = None
-    """What the block multiplied the experts' outputs by, (…, top-k, 1); lazy."""
+    """What the block multiplied the experts' outputs by, (…, top-k, 1); lazy. None until it did,
+    and in families that weigh in another way."""
 
 
 @dataclass(slots=True)
@@ -43,66 +48,63 @@ class Step:
     """Token ids, (rows, length)."""
     cache: Any
     """The cache that the pass was given; None without one."""
-    offset: int | None
-    """Tokens in the cache before the pass, where the cache says."""
+    offset: int | mx.array | None
+    """Tokens in the cache before the pass, where the cache says; an array has one a row."""
     loop: LoopView
     events: list[LayerEvent] = field(default_factory=list)
     loads: list[tuple[int, Sequence[Load], Sequence[float]]] = field(default_factory=list)
     logits: mx.array | None = None
     seconds: float = float("nan")
+    ended: bool = False
+    """False while it runs, and for good if it was interrupted."""
 
 
 class StepListener(Protocol):
     """Who is told of steps."""
 
-    def stepped(self, step: Step) -> None:
-        """A forward pass ended, or was interrupted (then with the layers that it reached)."""
+    def begins(self, step: Step) -> None:
+        """A forward pass begins.
+
+        The step fills up while it runs and stays as it is once the next one begins; an
+        interrupted one has the layers that it reached. Telling at the beginning means that no
+        interrupt can come between a step and its listeners, and that what is done here is done
+        while MLX still works on the step before.
+        """
 
 
-class Weighted:
+class Weighted(mx.array):
     """A switch's output that notices by what it is multiplied.
 
-    Blocks compute `(y * weights[..., None]).sum(-2)`; the factor is exactly what they applied, in
-    every family, with no knowledge of how it was made. Everything else is passed on.
+    Blocks compute `(y * weights[..., None]).sum(-2)`; the factor is exactly what they applied,
+    with no knowledge of how it was made. To everything else it is the array that it is.
     """
 
-    __slots__ = ("_array", "_event")
-
-    def __init__(self, array: mx.array, event: LayerEvent) -> None:
-        self._array = array
-        self._event = event
+    event: LayerEvent
 
     def __mul__(self, factor: Any) -> mx.array:
-        self._event.weights = factor
-        return self._array * factor
+        _note_factor(self.event, factor)
+        return super().__mul__(factor)
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: Any) -> mx.array:
+        _note_factor(self.event, factor)
+        return super().__rmul__(factor)
 
-    def astype(self, dtype: mx.Dtype) -> Weighted:
+    def astype(self, dtype: mx.Dtype, stream: Any = None) -> Weighted:
         """Converts, still watching."""
-        return Weighted(self._array.astype(dtype), self._event)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._array, name)
+        return weighted(super().astype(dtype, stream=stream), self.event)
 
 
-class WatchedSwitch(nn.Module):
-    """Stands for a stock switch while its routing is watched."""
+def weighted(y: mx.array, event: LayerEvent) -> Weighted:
+    """Returns `y`, the same array, as one that notes in `event` by what it is multiplied."""
+    watched = Weighted(y)
+    watched.event = event
+    return watched
 
-    def __init__(self, layer: int, switch: nn.Module, observer: Callable[..., Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "observer", observer)
-        object.__setattr__(self, "original", switch)
-        self["switch"] = switch
 
-    def __call__(self, x: mx.array, indices: mx.array) -> Any:
-        """Computes as the stock switch does, and tells the observer."""
-        y = self.original(x, indices)
-        return self.observer(self.layer, indices, None, y)
-
-    def __getattr__(self, key: str) -> Any:
-        return getattr(self.__dict__["original"], key)
+def _note_factor(event: LayerEvent, factor: Any) -> None:
+    # One factor for each expert's output; a scale, or an elementwise product, is none.
+    if isinstance(factor, mx.array) and factor.shape == (*event.ids.shape, 1):
+        event.weights = factor
 
 
 class StepWatch:
@@ -129,18 +131,22 @@ class StepWatch:
         self._bank_watchers = bank_watchers
         self._current: Step | None = None
         self._serial = 0
-        self._own_class: type | None = None
+        self._exchanged: list[tuple[nn.Module, type]] = []
 
     def add(self, listener: StepListener) -> None:
         """Adds a listener; the first one puts the watch in place."""
-        self.listeners.append(listener)
-        if self._own_class is None:
-            self._install()
+        self.listeners = [*self.listeners, listener]
+        if not self._exchanged:
+            try:
+                self._install()
+            except BaseException:
+                self.remove(listener)
+                raise
 
     def remove(self, listener: StepListener) -> None:
         """Removes a listener; the last one takes the watch away."""
         self.listeners = [known for known in self.listeners if known is not listener]
-        if not self.listeners and self._own_class is not None:
+        if not self.listeners:
             self._uninstall()
 
     def loaded(self, layer: int, loads: Sequence[Load], seconds: Sequence[float]) -> None:
@@ -149,68 +155,112 @@ class StepWatch:
             self._current.loads.append((layer, loads, seconds))
 
     def _install(self) -> None:
-        own, watch = type(self._model), self
-
-        class Watched(own):  # type: ignore[misc, valid-type]
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return watch._forward(own.__call__.__get__(self), args, kwargs)
-
-        Watched.__name__, Watched.__qualname__ = own.__name__, own.__qualname__
-        Watched.__module__ = own.__module__
-        self._own_class = own
-        self._model.__class__ = Watched
+        self._bank_watchers.append(self)
         for site in self._sites:
             if site.layer in self._switches:
                 object.__setattr__(self._switches[site.layer], "observer", self._observe)
             else:
-                site.parent[site.key] = WatchedSwitch(site.layer, site.switch, self._observe)
-        self._bank_watchers.append(self)
+                self._exchange(site.switch, functools.partial(self._stock, site.layer))
+        self._exchange(self._model, self._forward)
+
+    def _exchange(self, module: nn.Module, around: Callable[..., Any]) -> None:
+        own = type(module)
+
+        class Watched(own):  # type: ignore[misc, valid-type]
+            @functools.wraps(own.__call__)  # mlx-lm asks for the signature
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return around(own.__call__.__get__(self), args, kwargs)
+
+        Watched.__name__, Watched.__qualname__ = own.__name__, own.__qualname__
+        Watched.__module__, Watched.__doc__ = own.__module__, own.__doc__
+        self._exchanged.append((module, own))
+        module.__class__ = Watched
 
     def _uninstall(self) -> None:
         self._bank_watchers[:] = [w for w in self._bank_watchers if w is not self]
-        for site in self._sites:
-            if site.layer in self._switches:
-                object.__setattr__(self._switches[site.layer], "observer", None)
-            else:
-                site.parent[site.key] = site.switch
-        self._model.__class__ = self._own_class
-        self._own_class = None
+        for switch in self._switches.values():
+            object.__setattr__(switch, "observer", None)
+        for module, own in self._exchanged:
+            module.__class__ = own
+        self._exchanged = []
+        self._current = None
 
     def _forward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._current is not None:  # a model that calls itself: part of the step under way
+        if self._current is not None:
+            if _is_under_way(self._current):  # a model that calls itself: part of the same step
+                return call(*args, **kwargs)
+            self._current = None  # its end was cut off by an interrupt
+        inputs = _token_ids(args, kwargs)
+        if inputs is None:
             return call(*args, **kwargs)
-        inputs = args[0] if args else kwargs["inputs"]
         cache = kwargs.get("cache", args[1] if len(args) > 1 else None)
         step = Step(self._serial, inputs, cache, tokens_in(cache), view(inputs.shape[1]))
         self._serial += 1
+        for listener in self.listeners:
+            listener.begins(step)
         self._current = step
         begin = time.perf_counter()
         try:
             output = call(*args, **kwargs)
             if step.loop.logits_used or any(getattr(s, "wants_logits", 0) for s in self.listeners):
                 step.logits = output
+            if self._switches:
+                step.seconds = time.perf_counter() - begin
+            step.ended = True
             return output
         finally:
             self._current = None
-            if self._switches:
-                step.seconds = time.perf_counter() - begin
-            for listener in self.listeners:
-                listener.stepped(step)
+
+    def _stock(self, layer: int, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Stands around the call of a switch that has all its experts."""
+        indices = args[1] if len(args) > 1 else kwargs["indices"]
+        return self._observe(layer, indices, None, call(*args, **kwargs))
 
     def _observe(
         self, layer: int, ids: Any, missing: frozenset[int] | None, y: mx.array
-    ) -> mx.array | Weighted:
+    ) -> mx.array:
         if self._current is None:
             return y
         event = LayerEvent(layer, ids, missing)
         self._current.events.append(event)
-        return Weighted(y, event)
+        return weighted(y, event)
 
 
-def tokens_in(cache: Any) -> int | None:
-    """Returns the tokens in a cache, or None if no part of it counts them (or it is a batch's)."""
-    for part in cache or ():
-        offset = getattr(part, "offset", None)
-        if type(offset) is int:
-            return offset
+def tokens_in(cache: Any) -> int | mx.array | None:
+    """Returns the tokens in a cache, one number a row for a batch's, None if no part counts."""
+    for part in parts_of(cache):
+        for inner in getattr(part, "caches", (part,)):
+            offset = getattr(inner, "offset", None)
+            if type(offset) is int or isinstance(offset, mx.array):
+                return offset
     return None
+
+
+def parts_of(cache: Any) -> list[Any]:
+    """Returns a cache's parts, usually one a layer, without the empty ones."""
+    if cache is None:
+        return []
+    return [p for p in (cache if isinstance(cache, list | tuple) else [cache]) if p is not None]
+
+
+def _token_ids(args: Any, kwargs: Any) -> mx.array | None:
+    """Returns a forward pass's token ids, (rows, length); -1 where embeddings stand for them.
+
+    None if the pass is none over tokens.
+    """
+    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    embedded = kwargs.get("input_embeddings")
+    if isinstance(embedded, mx.array) and (inputs is None or inputs.shape != embedded.shape[:-1]):
+        inputs = mx.full(embedded.shape[:-1], -1, mx.int32)
+    if isinstance(inputs, mx.array) and inputs.ndim == 2 and inputs.size:
+        return inputs
+    return None
+
+
+def _is_under_way(step: Step) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is StepWatch._forward.__code__ and frame.f_locals.get("step") is step:
+            return True
+        frame = frame.f_back
+    return False

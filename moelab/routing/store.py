@@ -1,51 +1,63 @@
-"""Recorded columns while they grow: compact, append-only, and whole after an interrupt.
+"""Recorded rows while they grow: compact, append-only, and whole after an interrupt.
 
 Frames are built from these on demand. Memory while recording is what counts (1,000 tokens of a
-48-layer top-10 model are 480,000 routed slots), so columns are typed arrays of 7 bytes a slot,
-and whatever a row shares with its token is kept once a token.
+48-layer top-10 model are 480,000 routed slots), so a row is a packed record, 7 bytes a routed
+slot, and whatever a slot shares with its token is kept once a token.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-TOKEN_COLUMNS = {
-    "run": "i", "sequence": "i", "step": "i", "position": "i", "token_id": "i", "phase": "B",
-    "logprob": "f", "entropy": "f", "seconds": "f", "layers": "H",
-}  # fmt: skip
-ROUTING_COLUMNS = {"expert": "H", "weight": "f", "miss": "B"}
-LOAD_COLUMNS = {"token_row": "q", "layer": "H", "expert": "H", "seconds": "f"}
+TOKEN = np.dtype(
+    [
+        ("run", np.int32), ("sequence", np.int32), ("step", np.int32), ("position", np.int32),
+        ("token_id", np.int32), ("phase", np.uint8), ("logprob", np.float32),
+        ("entropy", np.float32), ("seconds", np.float32), ("layers", np.uint16),
+    ]
+)  # fmt: skip
+"""A token. `layers` counts the MoE layers that it reached: all, unless it was interrupted."""
+
+NARROW = np.iinfo(np.uint16).max
+"""Largest expert id that two bytes hold."""
 
 
 @dataclass(slots=True)
 class Rows:
-    """What one step adds. Token columns have one value a token, in the step's order."""
+    """What one step adds."""
 
-    tokens: dict[str, np.ndarray]
-    routing: dict[str, np.ndarray]
-    """Values by token, layer and rank as the router gave them, flat."""
-    loads: dict[str, np.ndarray]
-    """`token_row` counts from the step's first token."""
+    tokens: np.ndarray
+    """`TOKEN` records, in the step's order."""
+    routing: np.ndarray
+    """`Store.slot` records by token, layer and rank as the router gave them."""
+    loads: np.ndarray | None = None
+    """`Store.load` records; `token_row` counts from the store's first token."""
 
 
 class Store:
-    """Growing columns.
+    """Growing tables.
 
     Args:
         layout: Layer number and top-k of each MoE layer, in the order in which they run.
+        experts: Largest number of experts of any layer.
     """
 
-    def __init__(self, layout: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, layout: Sequence[tuple[int, int]], experts: int = NARROW) -> None:
         self.layout = list(layout)
-        self._tokens = {name: array(code) for name, code in TOKEN_COLUMNS.items()}
-        self._routing = {name: array(code) for name, code in ROUTING_COLUMNS.items()}
-        self._loads = {name: array(code) for name, code in LOAD_COLUMNS.items()}
-        # Rows of each table that are whole, and the last step that they hold. Set in one
-        # statement, after all columns have grown: an interrupt leaves it at the step before.
+        expert = np.uint16 if experts <= NARROW + 1 else np.uint32
+        self.slot = np.dtype([("expert", expert), ("weight", np.float32), ("miss", np.uint8)])
+        """A routed slot: its token and layer follow from its place."""
+        self.load = np.dtype(
+            [("token_row", np.uint32), ("layer", np.uint16), ("expert", expert),
+             ("seconds", np.float32)]
+        )  # fmt: skip
+        """An expert that was read."""
+        self._buffers = (bytearray(), bytearray(), bytearray())
+        # Bytes of each buffer that are whole, and the last step that they hold. Set in one
+        # statement, after all have grown: an interrupt leaves it at the step before.
         self._whole = (0, 0, 0, -1)
 
     @property
@@ -54,13 +66,12 @@ class Store:
         return self._whole[3]
 
     def __len__(self) -> int:
-        return self._whole[0]
+        return self._whole[0] // TOKEN.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the columns take."""
-        columns = [*self._tokens.values(), *self._routing.values(), *self._loads.values()]
-        return sum(len(column) * column.itemsize for column in columns)
+        """Bytes of the rows."""
+        return sum(self._whole[:3])
 
     def add(self, serial: int, rows: Rows) -> None:
         """Appends one step.
@@ -72,56 +83,55 @@ class Store:
         tokens, routing, loads, last = self._whole
         if serial <= last:
             return
-        rows.loads["token_row"] = rows.loads["token_row"] + tokens
-        tokens = _grow(self._tokens, tokens, rows.tokens)
-        routing = _grow(self._routing, routing, rows.routing)
-        loads = _grow(self._loads, loads, rows.loads)
-        self._whole = (tokens, routing, loads, serial)
+        kept = self._buffers
+        self._whole = (
+            _grow(kept[0], tokens, rows.tokens.tobytes()),
+            _grow(kept[1], routing, rows.routing.tobytes()),
+            _grow(kept[2], loads, b"" if rows.loads is None else rows.loads.tobytes()),
+            serial,
+        )
 
-    def tokens(self) -> dict[str, np.ndarray]:
-        """Returns the token columns."""
-        return _arrays(self._tokens, self._whole[0])
+    def tokens(self) -> np.ndarray:
+        """Returns the tokens, as `TOKEN` records."""
+        return self._records(0, TOKEN)
 
     def routing(self) -> dict[str, np.ndarray]:
-        """Returns the routing columns, with `token_row`, `layer` and `rank` worked out."""
-        columns = _arrays(self._routing, self._whole[1])
-        layers = np.frombuffer(self._tokens["layers"], np.uint16)[: self._whole[0]]
+        """Returns the routed slots, with `token_row`, `layer` and `rank` worked out.
+
+        A slot of weight 0 is not routed (a family that has identity experts sends them nowhere
+        under the id of a real one) and is left out. Where the weight is not known it is NaN.
+        """
+        slots = self._records(1, self.slot)
+        layers = self.tokens()["layers"]
         slots_of = np.concatenate([[0], np.cumsum([k for _, k in self.layout])]).astype(np.int64)
         counts = slots_of[layers]
         token_row = np.repeat(np.arange(len(layers)), counts)
         starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
-        slot = np.arange(len(token_row)) - np.repeat(starts, counts)
-        index = np.repeat(np.arange(len(self.layout)), [k for _, k in self.layout])[slot]
+        place = np.arange(len(token_row)) - np.repeat(starts, counts)
+        index = np.repeat(np.arange(len(self.layout)), [k for _, k in self.layout])[place]
         # Within a token's layer, the highest weight first; the router's own order settles ties.
-        order = np.lexsort((-columns["weight"], index, token_row))
-        rank = slot - slots_of[index]
-        layer = np.array([layer for layer, _ in self.layout], np.int16)[index]
-        return {
+        order = np.lexsort((-slots["weight"], index, token_row))
+        columns = {
             "token_row": token_row,
-            "layer": layer,
-            "rank": rank,
-            **{name: values[order] for name, values in columns.items()},
+            "layer": np.array([layer for layer, _ in self.layout], np.int16)[index],
+            "rank": place - slots_of[index],
+            **{name: slots[name][order] for name in self.slot.names or ()},
         }
+        routed = columns["weight"] != 0
+        return columns if routed.all() else {k: v[routed] for k, v in columns.items()}
 
-    def loads(self) -> dict[str, np.ndarray]:
-        """Returns the load columns; `token_row` is the row of the token that asked."""
-        return _arrays(self._loads, self._whole[2])
+    def loads(self) -> np.ndarray:
+        """Returns the loads; `token_row` is the row of the token that was first to ask."""
+        return self._records(2, self.load)
 
-
-def _grow(columns: dict[str, array], whole: int, values: dict[str, np.ndarray]) -> int:
-    """Appends to every column, cutting off what an interrupt left; returns the new length."""
-    added = 0
-    for name, column in columns.items():
-        del column[whole:]
-        new = np.ascontiguousarray(values[name], dtype=column.typecode)
-        column.frombytes(new.tobytes())
-        added = new.size
-    return whole + added
+    def _records(self, table: int, dtype: np.dtype) -> np.ndarray:
+        # A copy: a view would forbid the buffer to grow.
+        return np.frombuffer(self._buffers[table][: self._whole[table]], dtype)
 
 
-def _arrays(columns: dict[str, array], rows: int) -> dict[str, np.ndarray]:
-    # Copies: a view would forbid the array to grow.
-    return {
-        name: np.array(np.frombuffer(column, dtype=column.typecode)[:rows])
-        for name, column in columns.items()
-    }
+def _grow(buffer: bytearray, whole: int, added: bytes) -> int:
+    """Appends, cutting off what an interrupt left; returns the new length."""
+    if len(buffer) != whole:
+        del buffer[whole:]
+    buffer += added
+    return whole + len(added)
