@@ -320,7 +320,8 @@ def _score(logits: np.ndarray, token: int) -> tuple[float, float]:
     shifted = logits - logits.max()
     weights = np.exp(shifted)
     total = float(weights.sum())
-    mean = float(np.dot(weights, shifted)) / total
+    with np.errstate(invalid="ignore"):
+        mean = float(np.dot(weights, shifted)) / total
     if mean != mean:  # 0 · -inf: such a token adds nothing
         mean = float(np.dot(weights, np.maximum(shifted, -700.0))) / total
     log_total = float(np.log(total))
