@@ -55,8 +55,7 @@ class Bank:
         mx.eval(self.pending)
         self.pending.clear()
         for layer in self.layers:
-            layer.loader.settle()
-            layer.residency.clear()
+            layer.clear()
 
     def close(self) -> None:
         """Closes the files."""
@@ -123,6 +122,13 @@ class LayerBank:
 
     def end(self) -> None:
         """Ends the event that `begin` started."""
+        self._in_event = False
+
+    def clear(self) -> None:
+        """Empties every slot."""
+        self.loader.settle()
+        self._in_event = True  # so that the next event mends it if this is interrupted
+        self.residency.clear()
         self._in_event = False
 
     def load(self, loads: Sequence[Load]) -> None:
