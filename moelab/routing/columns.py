@@ -86,17 +86,22 @@ def typed(table: str, columns: Mapping[str, Any], texts: list[str] | None = None
     import numpy as np
     import pandas as pd
 
-    categories = {"phase": list(PHASES), "token": texts}
+    # As text also where there is none: an empty list has no type, and parquet would keep none.
+    categories = {
+        "phase": pd.Index(PHASES, dtype="str"),
+        "token": None if texts is None else pd.Index(texts, dtype="str"),
+    }
     built = {}
     for name, column in SCHEMA[table].items():
         values = columns[name]
         if column.dtype != "category":
             built[name] = np.asarray(values).astype(column.dtype, copy=False)
-        elif isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-            built[name] = pd.Categorical.from_codes(values, categories=categories[name])
+            continue
+        known = categories[name]
+        if known is None:
+            known = values.cat.categories.astype("str")
+        if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+            built[name] = pd.Categorical.from_codes(values, categories=known)
         else:
-            known = categories[name]
-            if known is None:
-                known = list(values.cat.categories)
             built[name] = pd.Categorical(values, categories=known)
     return pd.DataFrame(built)
