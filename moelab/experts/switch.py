@@ -16,7 +16,7 @@ import numpy as np
 
 from .bank import LayerBank
 
-EAGER_BYTES = 1 << 20
+EAGER_BYTES = 1 << 17
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
 
 Observer = Callable[[int, np.ndarray, frozenset[int] | None, mx.array], Any]
