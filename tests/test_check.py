@@ -200,6 +200,13 @@ def test_page_has_every_part(report: CheckReport) -> None:
     assert "nan" not in page
 
 
+def test_page_says_that_the_machine_was_busy(report: CheckReport) -> None:
+    for busy, said in ((0.0, False), (0.9, True)):
+        machine = dataclasses.replace(report.machine, busy=busy)
+        page = dataclasses.replace(report, machine=machine).page()
+        assert ("Other programs used 90%" in page) is said
+
+
 def test_save_is_whole_or_not_at_all(
     report: CheckReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
+BUSY_SECONDS = 0.5
+"""How long to look at what other programs do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -22,6 +25,8 @@ class Machine:
     """As the system names it, such as "Apple M3 Max"."""
     cores: int
     """Logical cores."""
+    busy: float
+    """Share of the processor that other programs used just before the check began."""
     memory_bytes: int
     """The machine's memory."""
     available_bytes: int
@@ -40,12 +45,14 @@ class Machine:
 
 def this_machine() -> Machine:
     """Returns a description of the machine that this runs on."""
+    busy = psutil.cpu_percent(interval=BUSY_SECONDS) / 100
     memory = psutil.virtual_memory()
     info = mx.device_info()
     working_set = info.get("max_recommended_working_set_size")
     return Machine(
         chip=_chip() or str(info.get("device_name") or platform.machine()),
         cores=psutil.cpu_count() or 1,
+        busy=busy,
         memory_bytes=int(memory.total),
         available_bytes=int(memory.available),
         working_set_bytes=int(working_set) if working_set else None,

@@ -130,6 +130,7 @@ def _machine(report: CheckReport) -> str:
     m, f = report.machine, report.model
     rows = [
         ["chip", f"{m.chip}, {m.cores} logical cores"],
+        ["busy with other programs at the start", f"{m.busy:.0%}"],
         ["memory", size(m.memory_bytes)],
         ["system", m.system],
         ["MLX computes on", m.backend],

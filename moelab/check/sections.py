@@ -162,7 +162,7 @@ def bandwidth(report: CheckReport) -> str:
             )
             + f" All {report.model.top_k} experts of a token in one layer: "
             f"{spread(token, 3)} ms warm.",
-            "No speed is promised: these figures say what this machine allows.",
+            f"{_busy(report)}No speed is promised: these figures say what this machine allows.",
         ]
     )
 
@@ -182,6 +182,16 @@ def _cache_note(cold: Sequence[ReadRate]) -> str:
     return (
         "The page cache could not be emptied of these experts. “Held before” says how much of them "
         "it held, so readings that are not “cold” are partly of memory."
+    )
+
+
+def _busy(report: CheckReport) -> str:
+    """A warning where other programs had a good part of the processor; else nothing."""
+    if report.machine.busy < 0.2:
+        return ""
+    return (
+        f"**Other programs used {report.machine.busy:.0%} of the processor when the check began, "
+        "so this machine is faster than these figures say.** "
     )
 
 
@@ -286,6 +296,6 @@ def speed(report: CheckReport) -> str:
             f"already; while reading the prompt, which found the bank empty, {s.hit_prefill:.1%}. "
             f"Each new token needed {s.loads_per_token:.1f} experts from disk, over all layers, "
             f"and waiting for them took {s.read_share:.0%} of the time.",
-            "No speed is promised, only the output.",
+            f"{_busy(report)}No speed is promised, only the output.",
         ]
     )
