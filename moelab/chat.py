@@ -75,10 +75,12 @@ class Chat:
         for response in responses:
             pieces.append(response.text)
             generated.append(response.token)
+            if response.finish_reason is not None:
+                # Kept before the last piece is handed out: a caller may stop listening there.
+                # mlx-lm runs one token ahead, so the answer's last token is in the cache as well.
+                self.messages = [*turn, {"role": "assistant", "content": "".join(pieces)}]
+                self._cache, self._held = cache, [*tokens, *generated]
             yield response
-        self.messages = [*turn, {"role": "assistant", "content": "".join(pieces)}]
-        # mlx-lm runs one token ahead, so the last token of the answer is in the cache as well.
-        self._cache, self._held = cache, [*tokens, *generated]
 
     def say(self, message: str, max_tokens: int = 200, **options: Any) -> str:
         """Takes a turn and returns the answer whole. See `stream`."""
