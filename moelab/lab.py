@@ -136,7 +136,7 @@ class Lab:
             ClosedError: If the lab was closed.
         """
         self._check_open()
-        if max_tokens == 0 or max_tokens < -1:
+        if not isinstance(max_tokens, int) or max_tokens == 0 or max_tokens < -1:
             raise ValueError(f"max_tokens must be positive, or -1 for no limit, got {max_tokens}.")
         if prefill_step_size < 1:
             raise ValueError(f"prefill_step_size must be positive, got {prefill_step_size}.")

@@ -78,21 +78,21 @@ def load(
         # Everything, private arrays such as RoPE frequencies too, so that another thread may run
         # the model: a lazy array belongs to the thread that made it.
         mx.eval([_own_arrays(module) for module in model.modules()])
+        return Lab(
+            name=str(name_or_path),
+            path=folder,
+            model=model,
+            tokenizer=tokenizer,
+            config=config,
+            sites=sites,
+            capacities=capacities,
+            attachment=attachment,
+            spans=spans,
+            policy=LRU.name,
+        )
     except BaseException:
         attachment.detach()
         raise
-    return Lab(
-        name=str(name_or_path),
-        path=folder,
-        model=model,
-        tokenizer=tokenizer,
-        config=config,
-        sites=sites,
-        capacities=capacities,
-        attachment=attachment,
-        spans=spans,
-        policy=LRU.name,
-    )
 
 
 def check_backend(sites: Sequence[SwitchSite], dtype: str | None) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .errors import CheckpointError
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | mx.array
 """Text, token ids, or a chat: a list of `{"role": …, "content": …}`."""
 
@@ -83,7 +85,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # so that NaN is refused too
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
@@ -91,7 +93,7 @@ class Sampling:
             raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}.")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}.")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,7 +118,11 @@ class Sampling:
 
 
 def recommended_sampling(folder: Path) -> Sampling:
-    """Returns the sampling that a model's `generation_config.json` recommends; greedy if none."""
+    """Returns the sampling that a model's `generation_config.json` recommends; greedy if none.
+
+    Raises:
+        CheckpointError: If it recommends what no sampler takes.
+    """
     try:
         config = json.loads((folder / "generation_config.json").read_text())
     except (OSError, ValueError):
@@ -130,5 +136,11 @@ def recommended_sampling(folder: Path) -> Sampling:
         "min_p": 0.0,
         "repetition_penalty": 1.0,
     }
-    values = {k: type(v)(config[k]) if config.get(k) is not None else v for k, v in known.items()}
-    return Sampling(**values)
+    given = {k: config[k] for k in known if config.get(k) is not None}
+    try:
+        return Sampling(**{k: type(v)(given.get(k, v)) for k, v in known.items()})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'} recommends {given}, which no sampler takes "
+            f"({error}). Correct the file or remove it."
+        ) from error

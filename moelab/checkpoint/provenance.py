@@ -94,7 +94,7 @@ def load_traced(
             get_model_classes=traced_classes,
             trust_remote_code=trust_remote_code,
         )
-    except (ValueError, KeyError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:
         raise CheckpointError(f"mlx-lm cannot load {folder}: {error}") from error
     model.__dict__.pop("sanitize", None)
     return model, config, trace
