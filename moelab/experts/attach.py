@@ -146,23 +146,25 @@ def arrays_in(tree: Any) -> list[mx.array]:
 def _ancestors(root: nn.Module, replaced: set[int]) -> list[nn.Module]:
     """Returns every module that has one of `replaced` below it."""
     found: list[nn.Module] = []
-
-    def holds(value: Any) -> bool:
-        """Whether `value` is, or has below it, a replaced switch; visits all that is below."""
-        if id(value) in replaced:
-            return True
-        if isinstance(value, dict):  # modules are dicts too
-            below = sum(holds(child) for child in value.values())
-        elif isinstance(value, list | tuple):
-            below = sum(holds(child) for child in value)
-        else:
-            return False
-        if below and isinstance(value, nn.Module):
-            found.append(value)
-        return below > 0
-
-    holds(root)
+    _holds(root, replaced, found)
     return found
+
+
+# Not a function within `_ancestors`: one that calls itself is a cycle, which would keep `found`,
+# and with it the model's memory, until the garbage collector comes by.
+def _holds(value: Any, replaced: set[int], found: list[nn.Module]) -> bool:
+    """Whether `value` is, or has below it, a replaced switch; visits all that is below."""
+    if id(value) in replaced:
+        return True
+    if isinstance(value, dict):  # modules are dicts too
+        below = sum(_holds(child, replaced, found) for child in value.values())
+    elif isinstance(value, list | tuple):
+        below = sum(_holds(child, replaced, found) for child in value)
+    else:
+        return False
+    if below and isinstance(value, nn.Module):
+        found.append(value)
+    return below > 0
 
 
 def _refusal(name: str) -> Callable[..., Any]:
