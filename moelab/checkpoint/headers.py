@@ -109,7 +109,7 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
             raise _damaged(path, f"its header claims {length} bytes and the file has {size}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -129,9 +129,9 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
 
 def _span(path: Path, name: str, entry: Any, data: int, size: int) -> TensorSpan:
     try:
-        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         begin, end = (int(n) for n in entry["data_offsets"])
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise _damaged(path, f"the entry of tensor {name!r} is malformed") from error
     if dtype not in ITEM_BITS:
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
