@@ -42,6 +42,11 @@ class Machine:
     date: str
     """When the check began, UTC, ISO 8601."""
 
+    @property
+    def was_busy(self) -> bool:
+        """Whether other programs had so much of the processor that speeds mean little."""
+        return self.busy >= 0.2
+
 
 def this_machine() -> Machine:
     """Returns a description of the machine that this runs on."""

@@ -100,6 +100,8 @@ def _summary(report: CheckReport) -> list[list[str]]:
                 yes(speed.same_bits) if speed.same_bits or report.verdict == "NOT exact" else "–",
             ]
         )
+    if report.machine.was_busy:
+        beside += " (the machine was busy)"
     rows.append(["5. speed", f"{speed.lab.decode.median:.1f} new tokens a second{beside}", "–"])
     return rows
 

@@ -187,11 +187,11 @@ def _cache_note(cold: Sequence[ReadRate]) -> str:
 
 def _busy(report: CheckReport) -> str:
     """A warning where other programs had a good part of the processor; else nothing."""
-    if report.machine.busy < 0.2:
+    if not report.machine.was_busy:
         return ""
     return (
         f"**Other programs used {report.machine.busy:.0%} of the processor when the check began, "
-        "so this machine is faster than these figures say.** "
+        "so it is faster than these figures say, and ratios to stock are uncertain.** "
     )
 
 
