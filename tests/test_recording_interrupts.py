@@ -11,15 +11,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pandas as pd
 import pytest
 
 import moelab
 from moelab.lab import Lab
+from moelab.routing.loop import GENERATED
 from moelab.routing.recorder import Recorder
 from moelab.routing.recording import Recording
-from moelab.routing.store import Store
+from moelab.routing.steps import Step
+from moelab.routing.store import TOKEN, Rows, Store
 from tests.support import stock, tiny
 
 PROMPT = tiny.prompt(9)
@@ -235,10 +238,16 @@ def test_an_error_in_the_recorder_does_not_stop_the_model(lab: Lab, monkeypatch:
     assert "ZeroDivisionError" in str(said[0].message)
 
 
+def test_a_step_whose_end_was_cut_off(lab: Lab, whole: Recording) -> None:
+    """An interrupt between a step's last line and the note that it is over."""
+    with lab.record() as rec:
+        lab.watch._current = Step(0, mx.array([PROMPT]), None, None, GENERATED)
+        generate(lab, [])
+    assert len(rec.tokens) == len(whole.tokens)
+
+
 def test_a_store_cut_between_columns() -> None:
     """Rows that an interrupt left half-written are overwritten by the next step."""
-    from moelab.routing.store import TOKEN, Rows
-
     store = Store([(0, 1)])
 
     def rows(token: int) -> Rows:
