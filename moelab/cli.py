@@ -105,6 +105,7 @@ def _check(arguments: argparse.Namespace) -> int:
     report = check(arguments.model, capacity=arguments.capacity)
     report.save(Path(arguments.out))
     print(report.page())
+    print(f"\nThis page and check.json, the file to send: {arguments.out}/")
     return 0
 
 

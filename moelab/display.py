@@ -24,4 +24,7 @@ def facts_html(title: str, facts: Mapping[str, str]) -> str:
 
 def size(nbytes: int) -> str:
     """Returns a number of bytes as people write it, in powers of 1,000."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(nbytes) >= step:
+            return f"{nbytes / step:.{2 if nbytes < 10 * step else 1}f} {unit}"
+    return f"{nbytes} bytes"

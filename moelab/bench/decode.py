@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ import numpy as np
 
 from ..experts.residency import Load
 from ..families import find_switches
+from ..machine import Machine, this_machine
 from .rounds import Contestant, Ratio, ratio, run_rounds
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class DecodeResult:
     read_back: Ratio
     """Speed of stock that reads every layer's ids back, over stock's."""
     capacities: list[CapacityResult]
-    machine: dict[str, str]
+    machine: Machine
     seconds: dict[str, list[float]] = field(repr=False)
     """Every contestant's time in every round."""
 
@@ -85,7 +84,9 @@ class DecodeResult:
             "",
             f"{self.rounds} rounds of {self.tokens} tokens in random order, greedy, exact; medians "
             "of paired ratios with 95% bootstrap intervals over rounds. Page cache warm. "
-            f"{m['system']}, {m['cores']} cores, mlx {m['mlx']}, mlx-lm {m['mlx-lm']}.",
+            f"{m.chip}, {m.cores} cores, {m.system}, MLX on {m.backend}, mlx {m.versions['mlx']}, "
+            f"mlx-lm {m.versions['mlx-lm']}; other programs used {m.busy:.0%} of the processor "
+            "just before.",
             "",
             f"- stock mlx-lm: {self.stock_tokens_per_second:.1f} tokens/s",
             f"- a second copy of stock ÷ stock (the noise): {self.stock_again}",
@@ -198,6 +199,7 @@ def bench_decode(
     from ..checkpoint.resolve import resolve
     from ..loading import load
 
+    machine = this_machine()
     folder = resolve(name_or_path)
     first, tokenizer = mlx_lm.load(str(folder))[:2]
     second = mlx_lm.load(str(folder))[0]
@@ -252,11 +254,7 @@ def bench_decode(
         stock_again=ratio(seconds["stock"], seconds["stock again"]),
         read_back=ratio(seconds["stock"], seconds["ids read back"]),
         capacities=results,
-        machine={
-            "system": platform.platform(),
-            "cores": str(os.cpu_count()),
-            **{name: version(name) for name in ("mlx", "mlx-lm", "moelab")},
-        },
+        machine=machine,
         seconds={
             **{name: times.tolist() for name, times in seconds.items()},
             **{f"{share:.1%} bare read": times.tolist() for share, times in bare.items()},

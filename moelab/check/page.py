@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..display import size
 from . import sections
 from .bandwidth import ReadRate
 from .exact import BankCheck
-from .wording import ratio, size, table, worst, yes
+from .wording import ratio, table, worst, yes
 
 if TYPE_CHECKING:
     from .report import CheckReport

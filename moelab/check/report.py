@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import MoelabError
+from ..machine import Machine
 from .bandwidth import Bandwidth
 from .exact import Exactness, Verdict
-from .machine import Machine
 from .model import ModelFacts
 from .speed import Memory, Speed
 

@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from ..errors import CapacityError
 from ..experts.capacity import Capacity, resolve_capacity
+from ..machine import this_machine
 from .bandwidth import THREADS, expert_pieces, measure_bandwidth
 from .exact import check_exactness
-from .machine import this_machine
 from .model import OpenModel, open_model
 from .pagecache import Piece
 from .report import CheckReport

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ..display import size
 from .bandwidth import ReadRate
 from .exact import BankCheck
-from .wording import listed, percent, ratio, size, slots, spread, table, worst
+from .wording import listed, percent, ratio, slots, spread, table, worst
 
 if TYPE_CHECKING:
     from .report import CheckReport

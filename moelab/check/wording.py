@@ -45,14 +45,6 @@ def spread(s: Spread, digits: int) -> str:
     return f"{s.median:.{digits}f} ({s.low:.{digits}f}–{s.high:.{digits}f})"
 
 
-def size(nbytes: int) -> str:
-    """A number of bytes, in powers of 1,000."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(nbytes) >= step:
-            return f"{nbytes / step:.{2 if nbytes < 10 * step else 1}f} {unit}"
-    return f"{nbytes} bytes"
-
-
 def listed(numbers: Sequence[int]) -> str:
     """Numbers, the first ten of them."""
     shown = ", ".join(map(str, numbers[:10]))

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.headers import TensorSpan
+from ..errors import MoelabError
 from ..families import SwitchSite
 from .loader import ExpertLoader, Files, TensorRows
 from .policy import Policy
@@ -181,7 +182,10 @@ def _byte_view(array: mx.array) -> np.ndarray:
     seen = array.view(mx.uint8).reshape(array.shape[0], -1)[-1, -1].item()
     view[-1, -1] = 0
     if seen != 0xA5:
-        raise RuntimeError("This MLX backend gives no writable view of an array's memory.")
+        raise MoelabError(
+            f"MLX on {mx.default_device()} gives no writable view of an array's memory, which the "
+            "bank needs to read experts into it. Please report this with your MLX version."
+        )
     return view
 
 

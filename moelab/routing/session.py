@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import platform
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ClosedError
+from ..machine import backend, chip, system, versions
 from .recorder import Recorder
 from .recording import Recording, frame_builder
 from .store import Store
@@ -92,14 +91,8 @@ def manifest(lab: Lab, **options: Any) -> dict[str, Any]:
         },
         "generations": [],
         "problems": [],
-        "versions": {
-            name: version(name) for name in ("moelab", "mlx", "mlx-lm", "numpy", "pandas")
-        },
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-        },
+        "versions": versions("numpy", "pandas"),
+        "machine": {"chip": chip(), "system": system(), "backend": backend()},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **options,
     }

@@ -1,4 +1,4 @@
-"""What a report says of the machine that it was made on. No names of hosts, users or folders."""
+"""The machine that something was measured on. No names of hosts, users or folders."""
 
 from __future__ import annotations
 
@@ -55,29 +55,38 @@ def this_machine() -> Machine:
     info = mx.device_info()
     working_set = info.get("max_recommended_working_set_size")
     return Machine(
-        chip=_chip() or str(info.get("device_name") or platform.machine()),
+        chip=chip(),
         cores=psutil.cpu_count() or 1,
         busy=busy,
         memory_bytes=int(memory.total),
         available_bytes=int(memory.available),
         working_set_bytes=int(working_set) if working_set else None,
-        system=_system(),
-        backend=_backend(),
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("mlx", "mlx-lm", "moelab")},
-        },
+        system=system(),
+        backend=backend(),
+        versions=versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
-def _backend() -> str:
+def versions(*more: str) -> dict[str, str]:
+    """Returns the versions of Python, MLX, mlx-lm, moelab and `more` packages."""
+    names = ("mlx", "mlx-lm", "moelab", *more)
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def backend() -> str:
+    """Returns where MLX computes: "Metal", "CPU", or whatever else MLX calls its device."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "CPU"
     return "Metal" if mx.metal.is_available() else str(mx.default_device())
 
 
-def _chip() -> str | None:
+def chip() -> str:
+    """Returns the processor's name as the system gives it, such as "Apple M3 Max"."""
+    return _chip_name() or str(mx.device_info().get("device_name") or platform.machine())
+
+
+def _chip_name() -> str | None:
     if sys.platform == "darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         try:
@@ -93,7 +102,8 @@ def _chip() -> str | None:
     return names[0] if names else None
 
 
-def _system() -> str:
+def system() -> str:
+    """Returns the operating system and its version."""
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]} ({platform.machine()})"
     try:
