@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.evaluate:
         from moelab.labmodel.training.evaluate import main as evaluate
 
-        evaluate(["--model", str(options.out / "checkpoint"), "--float", str(options.out / "float")])
+        folders = {"--model": options.out / "checkpoint", "--float": options.out / "float"}
+        evaluate([word for pair in folders.items() for word in map(str, pair)])
 
 
 def prepare(corpus: Path, out: Path) -> None:

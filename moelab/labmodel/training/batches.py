@@ -106,7 +106,8 @@ class Batches:
         for row in out:
             at = 0
             while at < self.length:
-                piece = self._piece(rng, self._sources[rng.choice(len(self._sources), p=self._chance)])
+                source = self._sources[rng.choice(len(self._sources), p=self._chance)]
+                piece = self._piece(rng, source)
                 taken = min(len(piece), self.length - at)
                 row[at : at + taken] = piece[:taken]
                 at += taken
@@ -129,7 +130,7 @@ class Batches:
             return tokens[first:last]
         start = first
         if rng.random() > 0.1:
-            start = int(lines[min(np.searchsorted(lines, at), len(lines) - 1)])
+            start = int(lines[min(int(np.searchsorted(lines, at)), len(lines) - 1)])
             if not first <= start < last:
                 start = first
         return tokens[start : min(last, start + int(rng.integers(200, _LONGEST)))]
@@ -140,7 +141,7 @@ class Batches:
         if rng.random() < 0.25:
             passage = rng.integers(len(SPECIAL), self.vocabulary, size)
         else:
-            source = ("python", "prose", "spanish", "guide", "shell", "math")[rng.integers(6)]
+            source = DOMAINS[rng.integers(len(DOMAINS))]
             passage = self._passage(rng, source)[:size]
             if rng.random() < 0.15:
                 passage = rng.permutation(passage)

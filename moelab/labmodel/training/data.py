@@ -93,7 +93,7 @@ def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
         Split name to its documents. A key (a tldr page exists for several
         systems, for example) is never in two splits.
     """
-    splits: dict[str, list[Document]] = {"train": [], "test": [], "selection": [], "calibration": []}
+    splits: dict[str, list[Document]] = {"train": [], **{split: [] for split in EXCERPTS}}
     for domain in DOMAINS:
         members = [d for d in documents if d.domain == domain]
         order = sorted({d.key for d in members if _may_be_held_out(d)}, key=_rank)
@@ -120,8 +120,10 @@ def excerpts(splits: dict[str, list[Document]]) -> list[dict[str, str]]:
     for split, most in EXCERPTS.items():
         for domain in DOMAINS:
             members = _one_per_key([d for d in splits[split] if d.domain == domain])
-            wanted = 32 if domain == "prose" and split == "test" else min(most, max(16, len(members)))
-            each = -(-wanted // len(members))
+            # A novel gives many excerpts, every other document one.
+            wanted = most // 2 if domain == "prose" and split == "test" else len(members)
+            wanted = min(most, max(16, wanted))
+            each = -(-wanted // max(1, len(members)))
             cut = [
                 {"domain": domain, "split": split, "title": d.key, "text": text}
                 for d in members

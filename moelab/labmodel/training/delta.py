@@ -7,6 +7,7 @@ are installed and there is a GPU, and plain PyTorch for everything else.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> 
 def _fused_rule() -> Any:
     """flash-linear-attention's kernel, or None where it is not installed."""
     try:
-        from fla.ops.gated_delta_rule import chunk
+        chunk: Any = import_module("fla.ops.gated_delta_rule.chunk")
     except ImportError:
         return None
     # On Hopper GPUs, Triton 3.4 to 3.7.0 compiles one kernel of the backward pass
@@ -121,7 +122,8 @@ def _chunked_rule(
     q, k, v, decay, beta = (t.transpose(1, 2).float() for t in (q, k, v, decay, beta))
     q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6) for t in (q, k))
     pad = -length % chunk
-    q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for t in (q * q.shape[-1] ** -0.5, k, v))
+    q = q * q.shape[-1] ** -0.5
+    q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for t in (q, k, v))
     decay, beta = (F.pad(t, (0, pad)).unflatten(2, (-1, chunk)) for t in (decay, beta))
     total = decay.cumsum(-1)
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
@@ -139,5 +141,6 @@ def _chunked_rule(
     for i in range(q.shape[2]):
         new = values[:, :, i] - reads[:, :, i] @ state
         out.append(q[:, :, i] @ state + within[:, :, i] @ new)
-        state = state * total[:, :, i, -1].exp()[..., None, None] + k[:, :, i].transpose(-1, -2) @ new
+        state = state * total[:, :, i, -1].exp()[..., None, None]
+        state = state + k[:, :, i].transpose(-1, -2) @ new
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)

@@ -67,9 +67,7 @@ def quantise_folder(source: Path, out: Path, *, bits: int = 4, group: int = 64) 
 
     if out.exists():
         shutil.rmtree(out)
-    convert(
-        str(source), str(out), quantize=True, q_bits=bits, q_group_size=group, dtype="float32"
-    )
+    convert(str(source), str(out), quantize=True, q_bits=bits, q_group_size=group, dtype="float32")
     for path in out.iterdir():
         if path.name not in {
             "config.json",

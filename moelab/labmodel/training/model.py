@@ -33,6 +33,7 @@ class ZeroCentredNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
         return F.rms_norm(x, x.shape[-1:], (1.0 + self.weight.float()).to(x.dtype), self.eps)
 
 
@@ -45,6 +46,7 @@ class GatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Normalise the last axis and gate it."""
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps) * F.silu(gate)
 
 
@@ -53,7 +55,8 @@ class Attention(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.size = a.num_attention_heads, a.num_key_value_heads, a.head_dim
+        self.heads, self.kv_heads = a.num_attention_heads, a.num_key_value_heads
+        self.size = a.head_dim
         self.rotary, self.theta = int(a.head_dim * a.partial_rotary_factor), a.rope_theta
         self.q_proj = nn.Linear(a.hidden_size, 2 * self.heads * self.size, bias=False)
         self.k_proj = nn.Linear(a.hidden_size, self.kv_heads * self.size, bias=False)
@@ -63,6 +66,7 @@ class Attention(nn.Module):
         self.k_norm = ZeroCentredNorm(self.size, a.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens: (batch, length, size) to the same."""
         batch, length, _ = x.shape
         q, gate = self.q_proj(x).view(batch, length, self.heads, 2 * self.size).chunk(2, -1)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.size)
@@ -102,6 +106,7 @@ class DeltaNet(nn.Module):
         self.out_proj = nn.Linear(self.value, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens: (batch, length, size) to the same."""
         batch, length, _ = x.shape
         each = self.v_heads // self.k_heads
         mixed = self.in_proj_qkvz(x).view(batch, length, self.k_heads, -1)
@@ -110,7 +115,8 @@ class DeltaNet(nn.Module):
         b, a = self.in_proj_ba(x).view(batch, length, self.k_heads, -1).split([each, each], -1)
         qkv = torch.cat([t.reshape(batch, length, -1) for t in (q, k, v)], -1)
         kernel = self.conv1d.weight
-        qkv = F.conv1d(F.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0)), kernel, groups=kernel.shape[0])
+        qkv = F.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0))
+        qkv = F.conv1d(qkv, kernel, groups=kernel.shape[0])
         q, k, v = F.silu(qkv.transpose(1, 2)).split([self.key, self.key, self.value], -1)
         q, k = (t.reshape(batch, length, self.k_heads, self.k_size) for t in (q, k))
         v = v.reshape(batch, length, self.v_heads, self.v_size)
@@ -129,6 +135,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(a.num_experts, a.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Score every expert: (tokens, size) to (tokens, experts)."""
         return F.linear(x, self.weight).float()
 
 
@@ -142,11 +149,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(a.num_experts, a.hidden_size, wide))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run each token through its experts and add up their weighted outputs."""
         top = ids.shape[-1]
         order = ids.flatten().argsort()
-        counts = torch.zeros(self.gate_up_proj.shape[0], device=x.device, dtype=torch.int32)
-        counts = counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
-        ends = counts.cumsum(0).to(torch.int32)
+        ends = _chosen(ids, self.gate_up_proj.shape[0]).cumsum(0).to(torch.int32)
         gate, up = _grouped(x[order // top], self.gate_up_proj, ends).chunk(2, -1)
         out = _grouped(F.silu(gate) * up, self.down_proj, ends)
         back = torch.empty_like(order)
@@ -164,6 +170,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(wide, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the expert to every token."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -179,6 +186,7 @@ class Mixture(nn.Module):
         self.shared_expert_gate = nn.Linear(a.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixture's output and its balance loss."""
         flat = x.reshape(-1, x.shape[-1])
         scores = self.gate(flat).softmax(-1)
         weights, ids = scores.topk(self.top, -1)
@@ -204,6 +212,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer's output and its balance loss."""
         mixer = self.linear_attn if self.is_linear else self.self_attn
         x = x + self.dropout(mixer(self.input_layernorm(x)))
         out, load = self.mlp(self.post_attention_layernorm(x))
@@ -218,14 +227,13 @@ class LabModel(nn.Module):
         self.architecture = a
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
-        self.model.layers = nn.ModuleList(
-            Layer(a, i, dropout) for i in range(a.num_hidden_layers)
-        )
+        self.model.layers = nn.ModuleList(Layer(a, i, dropout) for i in range(a.num_hidden_layers))
         self.model.norm = ZeroCentredNorm(a.hidden_size, a.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
         self._initialise()
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and the balance loss of each layer."""
         x = self.dropout(self.model.embed_tokens(ids))
         loads = []
         for layer in self.model.layers:
@@ -239,10 +247,14 @@ class LabModel(nn.Module):
         deep = (2 * self.architecture.num_hidden_layers) ** -0.5
         for name, weight in self.named_parameters():
             if weight.dim() >= 2 and "conv1d" not in name:
-                writes = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj"))
-                # Router scores start small, so that no expert is favoured by chance.
-                fan = 0.02 if "embed" in name else weight.shape[-1] ** -0.5
-                nn.init.normal_(weight, std=fan * (deep if writes else 1.0) * (0.2 if ".gate.weight" in name else 1.0))
+                std = 0.02 if "embed" in name else weight.shape[-1] ** -0.5
+                if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                    std *= deep
+                if name.endswith("experts.down_proj"):
+                    std *= deep
+                if name.endswith(".gate.weight"):
+                    std *= 0.2  # no expert is favoured by chance
+                nn.init.normal_(weight, std=std)
 
 
 def balance(scores: Tensor, ids: Tensor) -> Tensor:
@@ -252,9 +264,14 @@ def balance(scores: Tensor, ids: Tensor) -> Tensor:
     leaves the router free to give each domain its own experts.
     """
     experts = scores.shape[-1]
-    counts = torch.zeros(experts, device=scores.device, dtype=torch.float32)
-    counts = counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.float32))
-    return experts * (counts / counts.sum() * scores.mean(0)).sum()
+    share = _chosen(ids, experts).float() / ids.numel()
+    return experts * (share * scores.mean(0)).sum()
+
+
+def _chosen(ids: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen, without a synchronisation."""
+    one = torch.ones_like(ids.flatten(), dtype=torch.int32)
+    return one.new_zeros(experts).scatter_add_(0, ids.flatten(), one)
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,9 @@ from moelab.labmodel.training.data import DOMAINS
 from moelab.labmodel.training.model import LabModel
 from moelab.labmodel.training.quantisation import bits_for, fake_quantise
 from moelab.labmodel.training.settings import Architecture, Settings
+
+#: The first steps compile and tune kernels, for minutes on a GPU; they are not budgeted.
+_UNTIMED_STEPS = 3
 
 
 class Trainer:
@@ -66,7 +68,8 @@ class Trainer:
             betas=(0.9, 0.95),
             fused=device == "cuda",
         )
-        self.step, self.elapsed, self.log = 0, 0.0, []
+        self.step, self.elapsed = 0, 0.0
+        self.log: list[dict[str, Any]] = []
         self._resume()
 
     @property
@@ -77,26 +80,33 @@ class Trainer:
 
     def run(self) -> None:
         """Train until the budget is spent, then write `final.pt`."""
-        s, started, before = self.settings, time.perf_counter(), self.elapsed
+        s, before, started, first = self.settings, self.elapsed, time.perf_counter(), self.step
         next_evaluation = self.progress + s.evaluate_every
         bar = tqdm(total=100.0, initial=100 * self.progress, unit="%", mininterval=5)
         with ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(self.batches.batch, self.step + i, s.sequences) for i in range(6)]
+            make = self.batches.batch
+            waiting = [pool.submit(make, self.step + i, s.sequences) for i in range(6)]
             while self.progress < 1:
                 ids = torch.from_numpy(waiting.pop(0).result()).to(self.device, non_blocking=True)
-                waiting.append(pool.submit(self.batches.batch, self.step + 6, s.sequences))
+                waiting.append(pool.submit(make, self.step + 6, s.sequences))
                 loss, load = self._update(ids)
                 self.step += 1
-                self.elapsed = before + time.perf_counter() - started
+                if self.step - first == _UNTIMED_STEPS:
+                    loss.item()  # wait for the device
+                    started = time.perf_counter()
+                if self.step - first >= _UNTIMED_STEPS:
+                    self.elapsed = before + time.perf_counter() - started
                 bar.n = round(min(100.0, 100 * self.progress), 2)
                 if self.step % 50 == 0:
-                    bar.set_postfix(step=self.step, loss=f"{loss.item():.3f}", load=f"{load.item():.2f}")
+                    shown = {"loss": f"{loss.item():.3f}", "load": f"{load.item():.2f}"}
+                    bar.set_postfix(step=self.step, **shown)
                 if self.progress >= next_evaluation:
                     next_evaluation += s.evaluate_every
                     self._report(loss, load)
                     self._save("last.pt")
         bar.close()
-        self._report(loss, load)
+        if not self.log or self.log[-1]["step"] != self.step:
+            self._report(loss, load)
         self._save("final.pt")
 
     def running_weights(self, quantise: bool) -> dict[str, Tensor]:
@@ -109,16 +119,17 @@ class Trainer:
             made[name] = value if exact else value.to(self.dtype)
         return made
 
-    @torch.no_grad()
     def evaluate(self, quantise: bool) -> dict[str, float]:
         """Bits per byte of the selection texts, by domain."""
         self.model.eval()
-        weights = self.running_weights(quantise)
+        with torch.no_grad():
+            weights = self.running_weights(quantise)
         figures = {}
         for domain in DOMAINS:
             ids = torch.from_numpy(self.held_out[f"{domain}/ids"].astype(np.int64)).to(self.device)
             real = ids >= 0
-            logits, _ = functional_call(self.model, weights, (ids.clamp_min(0)[:, :-1],))
+            with torch.no_grad():
+                logits, _ = functional_call(self.model, weights, (ids.clamp_min(0)[:, :-1],))
             each = F.cross_entropy(
                 logits.float().transpose(1, 2), ids[:, 1:].clamp_min(0), reduction="none"
             )
@@ -202,4 +213,4 @@ def _whole(path: Path) -> Iterator[Path]:
     """Write to a temporary name first: a checkpoint appears whole or not at all."""
     temporary = path.with_suffix(".part")
     yield temporary
-    os.replace(temporary, path)
+    temporary.replace(path)
