@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import io
+import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,3 +248,29 @@ def test_a_closed_lab_says_so() -> None:
         with pytest.raises(ClosedError, match=r"was closed\. Load the model again"):
             ask()
     assert repr(lab).endswith("closed>") and "closed" in lab._repr_html_()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_attached_switch_cannot_be_duplicated(duplicate: Callable[[Any], Any]) -> None:
+    """A copy's slots would be filled from files that only the original reads."""
+    with moelab.load(stock.folder("olmoe"), 4) as lab:
+        switch = lab.sites[0].parent[lab.sites[0].key]
+        assert isinstance(switch, PartialSwitch)
+        with pytest.raises(AttachedError, match="cannot be copied"):
+            duplicate(switch)
+
+
+def test_memory_is_free_at_once_after_a_recording() -> None:
+    """No cycle of references may keep a closed model until garbage collection."""
+    lab = moelab.load(stock.folder("olmoe"), 4)
+    with lab.record():
+        mx.eval(lab.model(TOKENS))
+    layer = weakref.ref(lab.model.layers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        lab.close()
+        del lab
+        assert layer() is None
+    finally:
+        gc.enable()

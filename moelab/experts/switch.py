@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import AttachedError
 from .bank import LayerBank
 
 EAGER_BYTES = 1 << 17
@@ -42,7 +43,15 @@ class PartialSwitch(nn.Module):
         self["slots"] = bank.switch  # a child: the slots count as the model's memory
 
     def __getattr__(self, key: str) -> Any:
+        if "original" not in self.__dict__:
+            raise AttributeError(key)
         return getattr(self.__dict__["original"], key)  # what a family reads from its switch
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AttachedError(
+            "A model whose bank is attached cannot be copied or pickled: its slots are filled "
+            "from open files. Close the lab first, or load the model a second time."
+        )
 
     def __call__(self, x: mx.array, indices: mx.array) -> Any:
         """Computes each token's chosen experts.

@@ -181,7 +181,9 @@ class StepWatch:
         for switch in self._switches.values():
             object.__setattr__(switch, "observer", None)
         for module, own in self._exchanged:
-            module.__class__ = own
+            watched, module.__class__ = type(module), own
+            if watched is not own:
+                del watched.__call__  # a class lives until garbage collection, and this holds us
         self._exchanged = []
         self._current = None
 
