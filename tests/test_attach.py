@@ -262,13 +262,13 @@ def test_an_attached_switch_cannot_be_duplicated(duplicate: Callable[[Any], Any]
 
 def test_memory_is_free_at_once_after_a_recording() -> None:
     """No cycle of references may keep a closed model until garbage collection."""
-    lab = moelab.load(stock.folder("olmoe"), 4)
-    with lab.record():
-        mx.eval(lab.model(TOKENS))
-    layer = weakref.ref(lab.model.layers[0])
     gc.collect()
     gc.disable()
     try:
+        lab = moelab.load(stock.folder("olmoe"), 4)
+        with lab.record():
+            mx.eval(lab.model(TOKENS))
+        layer = weakref.ref(lab.model.layers[0])
         lab.close()
         del lab
         assert layer() is None
