@@ -119,10 +119,11 @@ def test_fake_quantisation_is_what_mlx_stores() -> None:
     assert (weight.grad == 1).all()
 
 
-def test_the_twin_agrees_with_mlx(tmp_path: Path) -> None:
+def test_the_twin_agrees_with_transformers_and_mlx(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (moelab[train])")
     import mlx.core as mx
     from mlx_lm.utils import load_model
+    from transformers import AutoModelForCausalLM
 
     from moelab import labmodel
     from moelab.labmodel.training.export import write_float_folder
@@ -139,10 +140,12 @@ def test_the_twin_agrees_with_mlx(tmp_path: Path) -> None:
     ids = torch.randint(0, sizes.vocab_size, (1, 100))
     with torch.no_grad():
         ours = twin(ids)[0].numpy()
+        hugging = AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)
+        theirs = hugging(ids).logits.numpy()
     model, _ = load_model(tmp_path)
-    theirs = np.array(model(mx.array(ids.numpy())))
     assert np.abs(ours).max() > 0.5
     assert np.abs(ours - theirs).max() < 1e-3
+    assert np.abs(ours - np.array(model(mx.array(ids.numpy())))).max() < 1e-3
 
 
 def test_a_run_resumes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ The steps, each a module with one job, in the order in which they run:
 - `quantisation`: what `mx.quantize` does to a weight, in PyTorch;
 - `train`: the loop;
 - `export`: weights to a folder that `mlx_lm.load` reads, at 4 bits;
-- `evaluate`, `questions`, `picture`: every figure of the model card.
+- `evaluate`, `asking`, `routing`, `parity`, `picture`: every figure of the model card.
 
 Run `python -m moelab.labmodel.training --help`. Training needs `moelab[train]`
 (PyTorch); evaluation does not.

@@ -5,8 +5,9 @@ python -m moelab.labmodel.training.evaluate --json results/labmodel.json
 ```
 
 needs neither the corpus nor PyTorch: it measures on the excerpts and questions
-that ship, with mlx-lm's own model and kernels. With `--float FOLDER`, the
-unquantised weights are measured on the same texts.
+that ship, with mlx-lm's own model and kernels. With `--float FOLDER`, what 4 bits
+cost is measured against the unquantised weights; `--only parity` compares those
+between PyTorch and MLX, and does need PyTorch.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="file for the picture of routing by domain")
     parser.add_argument("--texts", type=int, default=64, help="test texts a domain, at most")
     parser.add_argument(
-        "--only", nargs="+", choices=("speed", "questions", "copying", "spot", "float", "texts")
+        "--only",
+        nargs="+",
+        choices=("speed", "questions", "copying", "spot", "float", "texts", "parity"),
     )
     options = parser.parse_args(arguments)
     figures: dict[str, Any] = {}
@@ -130,7 +133,7 @@ def speed(model: Any, tokenizer: Any, rounds: int = 5) -> dict[str, float]:
 def _measure(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from mlx_lm import load
 
-    from moelab.labmodel.training import asking, picture, routing
+    from moelab.labmodel.training import asking, parity, picture, routing
 
     wanted = options.only or ("speed", "questions", "copying", "spot", "float", "texts")
     model, tokenizer = load(str(options.model))
@@ -147,6 +150,8 @@ def _measure(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         pair = {"texts_a_domain": FLOAT_TEXTS, "four_bit": bits_per_byte(model, tokenizer)}
         exact, _ = load(str(options.float))
         yield "cost_of_four_bits", {**pair, "float32": bits_per_byte(exact, tokenizer)}
+    if "parity" in wanted and options.float:
+        yield "parity", parity.parity(options.float)
     if "texts" in wanted:
         started = time.perf_counter()
         with routing.watched(model) as seen:

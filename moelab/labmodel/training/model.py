@@ -1,12 +1,11 @@
 """A PyTorch twin of mlx-lm's `qwen3_next`, small and quick to train.
 
 The same arithmetic and the same parameter names as `transformers`'
-`Qwen3NextForCausalLM` (a test compares the two), without caches: three of four
-layers are gated delta nets, the fourth attends, and every layer ends in a
-mixture of experts beside a shared expert. What it adds is what training wants:
-dropout, router probabilities for the balance loss, grouped matrix products in
-half precision, and the fused delta rule of flash-linear-attention where there
-is one.
+`Qwen3NextForCausalLM`, without caches (a test compares it with that and with
+mlx-lm's): three of four layers are gated delta nets, the fourth attends, and
+every layer ends in a mixture of experts beside a shared expert. What it adds is
+what training wants: dropout, the balance loss, grouped matrix products in half
+precision, and the fused delta rule of flash-linear-attention where there is one.
 
 Weights are kept in float32; `train` runs the model on a half-precision,
 possibly fake-quantised copy by way of `torch.func.functional_call`.
