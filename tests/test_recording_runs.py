@@ -17,7 +17,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 import moelab
 from moelab.lab import Lab
-from moelab.routing.recorder import _score
+from moelab.routing.recorder import _Scorer
 from moelab.routing.recording import Recording
 from tests.support import stock, tiny
 
@@ -372,14 +372,15 @@ def test_surprise(family: str, chunk: int, prompt_logprobs: bool) -> None:
 
 
 def test_surprise_of_impossible_tokens() -> None:
+    score = _Scorer()
     logits = np.array([0.0, 1.0, -np.inf, -3.0], np.float32)
     p = np.exp([0.0, 1.0, -3.0]) / np.exp([0.0, 1.0, -3.0]).sum()
-    logprob, entropy = _score(logits, 1)
+    logprob, entropy = score(logits, 1)
     assert logprob == pytest.approx(np.log(p[1])) and entropy == pytest.approx(
         -(p * np.log(p)).sum()
     )
-    assert _score(logits, 2)[0] == -np.inf
+    assert score(logits, 2)[0] == -np.inf
     certain = np.array([-np.inf, 5.0, -np.inf], np.float32)
-    assert _score(certain, 1) == (0.0, 0.0)
+    assert score(certain, 1) == (0.0, 0.0)
     far = np.array([0.0, -2000.0, 3e4], np.float32)
-    assert _score(far, 2) == (0.0, 0.0) and _score(far, 1)[0] == -32000.0
+    assert score(far, 2) == (0.0, 0.0) and score(far, 1)[0] == -32000.0

@@ -52,6 +52,11 @@ class RunState:
     """What holds once the step of this serial number is in the store: an interrupt may come at
     any time, and rows and progress must agree after it."""
 
+    def is_of(self, cache: Any) -> bool:
+        """Whether `cache` is plainly this run's: one look, for the step after a step."""
+        same = type(cache) is list and len(cache) == len(self.parts) and id(cache) == self.cache_id
+        return same and bool(cache) and self.parts[0]() is cache[0]
+
 
 class Recorder:
     """Listens to a lab's steps and fills a store.
@@ -76,6 +81,7 @@ class Recorder:
         self._store = store
         self._experts = experts
         self._layers = [layer for layer, _ in store.layout]
+        self._score = _Scorer()
         self._waiting: deque[Step] = deque()
         self._runs: list[RunState] = []
         """Those whose cache is still alive, or was when the last one began."""
@@ -171,14 +177,14 @@ class Recorder:
         for row, (sequence, start, real) in enumerate(zip(sequences, starts, reals, strict=True)):
             first, before = run.now.logits.get(sequence, (0, None))
             if real and wanted and before is not None and 0 <= start - first < len(before):
-                tokens["logprob"][row, 0], tokens["entropy"][row, 0] = _score(
+                tokens["logprob"][row, 0], tokens["entropy"][row, 0] = self._score(
                     before[start - first], int(tokens["token_id"][row, 0])
                 )
             if values is None or not real:
                 continue
             if inner:
                 for i in range(1, real):
-                    tokens["logprob"][row, i], tokens["entropy"][row, i] = _score(
+                    tokens["logprob"][row, i], tokens["entropy"][row, i] = self._score(
                         values[row, i - 1], int(tokens["token_id"][row, i])
                     )
             if view.all_rows:  # of a few drafts, any may be the last that is accepted
@@ -194,7 +200,8 @@ class Recorder:
         events = step.events
         if [event.layer for event in events] != self._layers[: len(events)]:
             raise ValueError(f"layers ran in the order {[event.layer for event in events]}")
-        ids = [np.asarray(event.ids).reshape(count, -1) for event in events]
+        # np.array, since np.asarray takes five times as long over an MLX array.
+        ids = [np.array(event.ids, copy=False).reshape(count, -1) for event in events]
         flat = _joined(ids)
         records = np.empty(flat.size, self._store.slot)
         records["expert"] = flat
@@ -252,6 +259,8 @@ class Recorder:
             run = self._begin([], None)
             self._batches.append((weakref.ref(batch), run))
             return run
+        if self._runs and self._runs[-1].is_of(step.cache):
+            return self._runs[-1]
         parts = [part for part in parts_of(step.cache) if type(part).__weakrefoffset__]
         if not parts:
             return self._begin([], None)
@@ -310,22 +319,35 @@ def _float32(logits: mx.array) -> np.ndarray:
     return np.array(logits.astype(mx.float32), copy=False)
 
 
-def _score(logits: np.ndarray, token: int) -> tuple[float, float]:
-    """Returns log-probability of a token and entropy of the distribution, in nats.
+class _Scorer:
+    """Scores tokens against logits, in memory of its own.
 
-    Args:
-        logits: float32 (vocabulary,).
-        token: The token's id; -1 if it has none.
+    The memory is kept because a fresh piece for every token was the most expensive part of a
+    recording: freed at once, it is handed back to the system and asked for again (0.5 ms a token
+    beside a busy MLX, measured here; 0.015 ms without).
     """
-    shifted = logits - logits.max()
-    weights = np.exp(shifted)
-    total = float(weights.sum())
-    with np.errstate(invalid="ignore"):
-        mean = float(np.dot(weights, shifted)) / total
-    if mean != mean:  # 0 · -inf: such a token adds nothing
-        mean = float(np.dot(weights, np.maximum(shifted, -700.0))) / total
-    log_total = float(np.log(total))
-    return (NAN if token < 0 else float(shifted[token]) - log_total), log_total - mean
+
+    def __init__(self) -> None:
+        self._shifted = self._weights = np.empty(0, np.float32)
+
+    def __call__(self, logits: np.ndarray, token: int) -> tuple[float, float]:
+        """Returns log-probability of a token and entropy of the distribution, in nats.
+
+        Args:
+            logits: float32 (vocabulary,).
+            token: The token's id; -1 if it has none.
+        """
+        if self._shifted.shape != logits.shape:
+            self._shifted, self._weights = np.empty_like(logits), np.empty_like(logits)
+        shifted = np.subtract(logits, logits.max(), out=self._shifted)
+        weights = np.exp(shifted, out=self._weights)
+        total = float(weights.sum())
+        with np.errstate(invalid="ignore"):
+            mean = float(np.dot(weights, shifted)) / total
+        if mean != mean:  # 0 · -inf: such a token adds nothing
+            mean = float(np.dot(weights, np.maximum(shifted, -700.0))) / total
+        log_total = float(np.log(total))
+        return (NAN if token < 0 else float(shifted[token]) - log_total), log_total - mean
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
