@@ -120,6 +120,14 @@ def test_files_that_are_no_safetensors(tmp_path: Path, content: bytes, framed: b
     _is_refused_or_inside(file)
 
 
+def test_a_shard_that_was_left_behind(tmp_path: Path) -> None:
+    """Stock lets either of two shards win; which one, nobody could say afterwards."""
+    path = tiny.build(tmp_path / "m", "olmoe")
+    shutil.copy(path / "model.safetensors", path / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="nothing says which one counts"):
+        moelab.load(path, 4)
+
+
 def test_a_header_without_a_floor(tmp_path: Path) -> None:
     content = b"[" * 200_000
     (tmp_path / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)

@@ -81,11 +81,18 @@ def read_headers(folder: Path) -> dict[str, TensorSpan]:
 
     Raises:
         CheckpointError: If a shard is missing or cut off, a header is not what the format says,
-            or the index promises a tensor that its shard does not have.
+            two shards have the same tensor, or the index promises one that its shard has not.
     """
     spans: dict[str, TensorSpan] = {}
     for path in shard_paths(folder):
-        spans.update(read_header(path))
+        for name, span in read_header(path).items():
+            if name in spans:
+                # mlx-lm loads every shard that it finds and lets one of them win.
+                raise CheckpointError(
+                    f"Tensor {name!r} is in {spans[name].path} and in {path}, and nothing says "
+                    "which one counts. Remove the file that does not belong to the model."
+                )
+            spans[name] = span
     index = folder / "model.safetensors.index.json"
     if index.exists():
         for name, shard in _weight_map(index).items():
