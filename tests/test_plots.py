@@ -73,6 +73,13 @@ def test_hit_rate_over_time_shows_every_token_once(tokens: pd.DataFrame) -> None
     np.testing.assert_allclose(points[:, 1], tokens["hits"] / tokens["routed"])
 
 
+def test_the_running_mean_does_not_cross_from_prompt_to_answer(tokens: pd.DataFrame) -> None:
+    frame = tokens.assign(hits=np.where(tokens["phase"] == "prefill", 0, tokens["routed"]))
+    frame["misses"] = frame["routed"] - frame["hits"]
+    means = [np.asarray(line.get_ydata()) for line in plots.hit_rate_over_time(frame).get_lines()]
+    assert [set(mean) for mean in means] == [{0.0}, {1.0}]
+
+
 def test_domain_experts_draws_each_domain_with_every_expert_once(routing: pd.DataFrame) -> None:
     first, second = routing[routing["position"] < 20], routing[routing["position"] >= 20]
     ax = plots.domain_experts({"a": first, "b": second}, 1, experts=EXPERTS)

@@ -102,6 +102,8 @@ def hit_rate_over_time(
 ) -> Axes:
     """Draws the hit rate of each token in the order in which they ran, and its running mean.
 
+    The experts of a prompt's chunk are judged together, against the bank as it was before it.
+
     Args:
         tokens: A recording's `tokens`.
         window: Tokens in the running mean.
@@ -110,7 +112,8 @@ def hit_rate_over_time(
     """
     frame = tokens[tokens["phase"] != "padding"].reset_index(drop=True)
     rate = frame["hits"] / (frame["hits"] + frame["misses"])
-    mean = rate.rolling(window, min_periods=1, center=True).mean()
+    # Prompts and answers by themselves: a mean across the border would show a slope that is none.
+    stretch = (frame["phase"] != frame["phase"].shift()).cumsum()
     with styled():
         ax = axes(ax, 9, 3.2)
         for phase in ("prefill", "decode"):
@@ -119,12 +122,15 @@ def hit_rate_over_time(
                 frame.index[chosen],
                 rate[chosen],
                 s=9,
-                alpha=0.45,
+                alpha=0.6,
                 linewidths=0,
                 color=PHASE_COLOURS[phase],
                 label=phase,
             )
-        ax.plot(frame.index, mean, color=INK, linewidth=1.6, label=f"mean of {window}")
+        for number, part in rate.groupby(stretch):
+            mean = part.rolling(window, min_periods=1, center=True).mean()
+            label = f"mean of {window}" if number == 1 else None
+            ax.plot(mean.index, mean, color=INK, linewidth=1.6, label=label)
         if uniform is not None:
             ax.axhline(uniform, color=MUTED, linestyle="--", linewidth=1, label="uniform routing")
         ax.set_ylim(0, 1)
