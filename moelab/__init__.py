@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CapacityError,
         CheckpointError,
         ClosedError,
+        MissActionError,
         MoelabError,
         NotYetError,
     )
@@ -29,6 +30,7 @@ _HOME = {
     "CapacityError": "errors",
     "CheckpointError": "errors",
     "ClosedError": "errors",
+    "MissActionError": "errors",
     "MoelabError": "errors",
     "NotYetError": "errors",
     "Lab": "lab",
@@ -47,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "Lab",
+    "MissActionError",
     "MoelabError",
     "NotYetError",
     "Recording",
