@@ -103,16 +103,25 @@ class Attachment:
 
         Raises:
             MissActionError: If the action cannot be had for this model; all is as it was then.
+                After an interrupt the bank is exact, whatever it was before.
         """
         engine = self._make_engine(action, swap_budget) if action.lossy else None
+        try:
+            self._put(action, engine)
+            self.reset()
+        except BaseException:
+            # Cut off half-way, an action must not be in place here and not there.
+            self._put(Load(), None)
+            raise
+
+    def _put(self, action: MissAction, engine: LossyEngine | None) -> None:
         if self._engine is not None:
             self._engine.remove()
-        self._engine, self.action = engine, action
+        self.action, self._engine = action, engine
         for layer, switch in self.switches.items():
             switch.set_engine(engine, None if engine is None else engine.layers[layer].low)
         if engine is not None:
             engine.install()
-        self.reset()
 
     def reset(self) -> None:
         """Brings the bank to its initial contents.
