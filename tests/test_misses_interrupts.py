@@ -70,7 +70,7 @@ def test_while_running(owner: Any, name: str, action: str, monkeypatch: pytest.M
             lab.reset()
         lab.on_miss = "load"
         assert stock.same_steps(steps(lab), exact)
-        assert number > 1 or name in ("select", "stub") and action == "drop"
+        assert number > 1 or (name in ("select", "stub") and action == "drop")
 
 
 @pytest.mark.parametrize(("owner", "name"), SETTING, ids=[name for _, name in SETTING])
