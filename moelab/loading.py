@@ -15,7 +15,7 @@ from .checkpoint.resolve import LAB_MODEL, read_config, resolve
 from .errors import CheckpointError
 from .experts.attach import Attachment, all_parameters, arrays_in, origins_of
 from .experts.capacity import Capacity, resolve_capacity
-from .experts.policy import LRU
+from .experts.policies import LRU
 from .families import SwitchSite, find_switches
 from .lab import Lab
 

@@ -18,7 +18,8 @@ from ..checkpoint.headers import TensorSpan
 from ..checkpoint.provenance import Trace
 from ..errors import AttachedError, CheckpointError
 from ..families import SwitchSite
-from .bank import Bank, LayerBank, PolicyMaker
+from .bank import Bank, LayerBank
+from .policies import PolicyMaker
 from .switch import PartialSwitch
 
 GUARDED = (

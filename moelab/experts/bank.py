@@ -8,7 +8,7 @@ numbers, so the arithmetic is mlx-lm's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from ..checkpoint.headers import TensorSpan
 from ..errors import MoelabError
 from ..families import SwitchSite
 from .loader import ExpertLoader, Files, TensorRows
-from .policy import Policy
+from .policies import Policy
 from .residency import Load, Residency
 
 
@@ -123,6 +123,7 @@ class LayerBank:
 
     def end(self) -> None:
         """Ends the event that `begin` started."""
+        self.residency.end()
         self._in_event = False
 
     def clear(self) -> None:
@@ -187,7 +188,3 @@ def _byte_view(array: mx.array) -> np.ndarray:
             "bank needs to read experts into it. Please report this with your MLX version."
         )
     return view
-
-
-PolicyMaker = Callable[[], Policy]
-"""Makes a fresh policy for a layer."""
