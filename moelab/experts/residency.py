@@ -95,7 +95,8 @@ class Residency:
         """
         if self._passing:
             self.end()
-        self.policy.used(needed)
+        pinned = self.pinned
+        self.policy.used([e for e in needed if e not in pinned] if pinned else needed)
         slot_of = self.slot_of
         return [expert for expert in needed if expert not in slot_of]
 

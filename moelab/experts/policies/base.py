@@ -9,7 +9,7 @@ bank tells it, in order, for each event (a step at that layer):
    `admitted` for those that enter.
 
 All hits are judged before anything enters, and the event's experts may not leave while it is
-served. Pinned experts never leave: a policy hears of their use, and of nothing else about them.
+served. Pinned experts never leave, so a policy hears neither of their use nor of their entry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Policy(Protocol):
 
         Args:
             experts: All distinct experts that the step chose, hits and misses, in ascending
-                order. Not every miss need be admitted: a bank that drops misses admits few.
+                order, without the pinned ones; none may be left. Not every miss need be admitted:
+                a bank that drops misses admits few.
         """
 
     def evict(self, count: int, residents: Collection[int], kept: Collection[int]) -> list[int]:

@@ -8,6 +8,7 @@ Equal priorities: the lowest id leaves first.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
@@ -203,38 +204,37 @@ class LFRU(PolicyBase):
     name = "lfru"
 
     def __init__(self) -> None:
+        # By expert id. Scores change with every event, so they are computed when they are wanted,
+        # by numpy; `array` because single items are quicker to set there.
         self._now = 0
-        self._uses = np.zeros(64)
-        self._last = np.zeros(64)
-        self._held = np.full(64, np.inf)
+        self._uses = array("d")
+        self._last = array("d")
+        self._held = array("d")
         """Uses of residents, infinite for all others: a score that is never the lowest."""
 
     def used(self, experts: Sequence[int]) -> None:
         """See `Policy.used`."""
-        self._now += 1
-        if not experts:
-            return
-        ids = np.array(experts)
-        if ids[-1] >= len(self._uses):
-            self._grow(int(ids[-1]))
-        self._uses[ids] += 1
-        self._held[ids] += 1
-        self._last[ids] = self._now
+        self._now = now = self._now + 1
+        if experts and experts[-1] >= len(self._uses):
+            self._grow(experts[-1])
+        uses, last, held = self._uses, self._last, self._held
+        for expert in experts:
+            uses[expert] += 1
+            held[expert] += 1
+            last[expert] = now
 
     def evict(self, count: int, residents: Collection[int], kept: Collection[int]) -> list[int]:
         """See `Policy.evict`."""
         if count <= 0:
             return []
-        score = self._held / (self._now + 1 - self._last)
-        score[[e for e in kept if e < len(score)]] = np.inf
-        if count == 1:
-            chosen = [int(score.argmin())]
-        else:
-            highest = np.partition(score, count - 1)[count - 1]
-            ids = (score <= highest).nonzero()[0]
-            # Stable: of equal scores the lowest id is first.
-            chosen = ids[score[ids].argsort(kind="stable")[:count]].tolist()
-        self._held[chosen] = np.inf
+        held = self._held
+        score = np.frombuffer(held) / (self._now + 1 - np.frombuffer(self._last))
+        chosen = _lowest(score, count)
+        if any(expert in kept for expert in chosen):  # seldom: those in use have age 0
+            score[[e for e in kept if e < len(score)]] = np.inf
+            chosen = _lowest(score, count)
+        for expert in chosen:
+            held[expert] = math.inf
         return chosen
 
     def admitted(self, experts: Sequence[int]) -> None:
@@ -244,16 +244,30 @@ class LFRU(PolicyBase):
                 self._grow(expert)
             if not self._uses[expert]:
                 self._uses[expert], self._last[expert] = 1, self._now
-        ids = list(experts)
-        self._held[ids] = self._uses[ids]
+            self._held[expert] = self._uses[expert]
 
     def resync(self, residents: Iterable[int]) -> None:
         """See `Policy.resync`."""
-        self._held[:] = np.inf
+        count = len(self._uses)  # an interrupted `_grow` may have left the others longer
+        self._held, self._last = array("d", [math.inf]) * count, self._last[:count]
         self.admitted(sorted(residents))
 
     def _grow(self, expert: int) -> None:
-        more = max(2 * len(self._uses), expert + 1) - len(self._uses)
-        self._held = np.append(self._held, np.full(more, np.inf))
-        self._last = np.append(self._last, np.zeros(more))
-        self._uses = np.append(self._uses, np.zeros(more))  # last: it says how many there are
+        length = max(2 * len(self._uses), expert + 1, 64)
+        self._held = self._held + array("d", [math.inf]) * (length - len(self._held))
+        self._last = self._last + array("d", [0.0]) * (length - len(self._last))
+        # Last, since its length is what is looked at, whatever interrupted this before.
+        self._uses = self._uses + array("d", [0.0]) * (length - len(self._uses))
+
+
+def _lowest(score: np.ndarray, count: int) -> list[int]:
+    """Returns where the `count` lowest scores are, lowest first, of equal ones the first first."""
+    if count <= 4:  # quicker one by one
+        score = score.copy()
+        chosen = []
+        for _ in range(count):
+            chosen.append(int(score.argmin()))
+            score[chosen[-1]] = np.inf
+        return chosen
+    ids = (score <= np.partition(score, count - 1)[count - 1]).nonzero()[0]
+    return ids[score[ids].argsort(kind="stable")[:count]].tolist()

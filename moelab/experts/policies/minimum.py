@@ -40,36 +40,43 @@ class Future:
         return self  # never changed, and large
 
 
+IDS = 1 << 32
+"""More than there are expert ids."""
+
+
 class _Furthest:
     """Experts by next use, the furthest first; of equal ones the lowest id."""
 
     def __init__(self) -> None:
         self.next: dict[int, int] = {}
         """Next use of those who are in."""
-        self._heap: list[tuple[int, int]] = []
+        # An entry is −time · IDS + expert: one number, since that is quicker than a pair.
+        self._heap: list[int] = []
 
     def put(self, expert: int, time: int) -> None:
         """Adds an expert, or notes its new next use."""
         self.next[expert] = time
-        heappush(self._heap, (-time, expert))
+        heappush(self._heap, expert - time * IDS)
         if len(self._heap) > 4 * len(self.next) + 64:  # entries whose time has passed
-            self._heap = [(-time, expert) for expert, time in self.next.items()]
+            self._heap = [expert - time * IDS for expert, time in self.next.items()]
             heapify(self._heap)
 
     def take(self, kept: Collection[int] = ()) -> int:
         """Removes and returns the furthest expert that is not in `kept`."""
+        heap, following = self._heap, self.next
         aside = []
         while True:
-            entry = heappop(self._heap)
-            if self.next.get(entry[1]) != -entry[0]:
+            entry = heappop(heap)
+            expert = entry % IDS
+            if following.get(expert, -1) * IDS != expert - entry:
                 continue
-            if entry[1] not in kept:
+            if expert not in kept:
                 break
             aside.append(entry)
-        for other in aside:
-            heappush(self._heap, other)
-        del self.next[entry[1]]
-        return entry[1]
+        for entry in aside:
+            heappush(heap, entry)
+        del following[expert]
+        return expert
 
 
 class MinForced(PolicyBase):

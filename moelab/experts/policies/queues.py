@@ -252,8 +252,10 @@ class S3FIFO(PolicyBase):
     def _from_small(self, kept: Collection[int]) -> int | None:
         small, ghost = self._small, self._ghost
         while True:
-            expert = next((e for e in small if e not in kept), None)
-            if expert is None:
+            for expert in small:
+                if expert not in kept:
+                    break
+            else:
                 return None
             if small.pop(expert) >= 2:
                 self._main[expert] = 0
@@ -266,8 +268,10 @@ class S3FIFO(PolicyBase):
     def _from_main(self, kept: Collection[int]) -> int | None:
         main = self._main
         while True:
-            expert = next((e for e in main if e not in kept), None)
-            if expert is None:
+            for expert in main:
+                if expert not in kept:
+                    break
+            else:
                 return None
             hits = main.pop(expert)
             if not hits:
