@@ -82,9 +82,10 @@ class _Furthest:
 class MinForced(PolicyBase):
     """MIN that must admit every miss: evicts the expert whose next use is furthest away.
 
-    Without sweeps no policy that admits every miss needs fewer loads. A sweep reads the furthest
-    misses first, so that the nearest are the ones that stay. Equal next uses: the lowest id
-    leaves first. Source: arXiv 2608.07911 (forced-admission Belady).
+    As long as every event fits in the bank, no policy that admits every miss needs fewer loads. A
+    sweep reads the furthest misses first, so that the nearest are the ones that stay, which is
+    good but not always best; `min` is a bound there too. Equal next uses: the lowest id leaves
+    first. Source: arXiv 2608.07911 (forced-admission Belady).
 
     Args:
         future: Of the trace that is replayed, from its first event on.
