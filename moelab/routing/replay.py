@@ -14,7 +14,7 @@ import numpy as np
 
 from ..display import facts_html, facts_text
 from ..experts.policies import Future, Min, MinForced, make_policy
-from ..experts.residency import Residency
+from ..experts.residency import Load, Residency
 from .events import LayerEvents, check_frame, layer_events, steps_of
 from .metrics import miss_rates
 from .replay_arguments import Experts, check_pins, experts_of, ids_by_layer, slots_of
@@ -197,14 +197,17 @@ def _replacing(
         if misses:
             absent = set(misses)
             missed += [start + i for i, e in enumerate(needed) if e in absent]
-            rounds = 0
-            for part in bank.rounds(needed, misses):
-                rounds += 1
-                for expert, slot, evicted in part.loads:
+            parts: Iterable[Sequence[Load]]
+            if bank.fits(needed):  # as `rounds` would, without its ado
+                parts = [bank.admit(needed, misses)]
+            else:
+                parts = (part.loads for part in bank.rounds(needed, misses))
+                played.swept[number] = True
+            for part in parts:
+                for expert, slot, evicted in part:
                     slot_of[expert] = slot  # what `arrived` does
                     stays = admits or expert in always
                     loads.extend((number, expert, -1 if evicted is None else evicted, stays))
-            played.swept[number] = rounds > 1
         bank.end()
     played.hit[missed] = False
     return played
