@@ -17,11 +17,15 @@ if TYPE_CHECKING:
         MissActionError,
         MoelabError,
         NotYetError,
+        PolicyError,
+        ReplayError,
     )
+    from .experts.policies import policies
     from .lab import Lab
     from .loading import load
     from .oneshot import Session, generate, release, stream_generate
     from .routing.recording import Recording, read_recording
+    from .routing.replay import Replay, replay
 
 __version__ = "0.1.0"
 
@@ -33,6 +37,8 @@ _HOME = {
     "MissActionError": "errors",
     "MoelabError": "errors",
     "NotYetError": "errors",
+    "PolicyError": "errors",
+    "ReplayError": "errors",
     "Lab": "lab",
     "load": "loading",
     "Session": "oneshot",
@@ -41,6 +47,9 @@ _HOME = {
     "stream_generate": "oneshot",
     "Recording": "routing.recording",
     "read_recording": "routing.recording",
+    "policies": "experts.policies",
+    "Replay": "routing.replay",
+    "replay": "routing.replay",
 }
 
 __all__ = [
@@ -52,12 +61,17 @@ __all__ = [
     "MissActionError",
     "MoelabError",
     "NotYetError",
+    "PolicyError",
     "Recording",
+    "Replay",
+    "ReplayError",
     "Session",
     "generate",
     "load",
+    "policies",
     "read_recording",
     "release",
+    "replay",
     "stream_generate",
 ]
 

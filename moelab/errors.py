@@ -24,6 +24,14 @@ class MissActionError(MoelabError, ValueError):
     """A miss action that there is not, or that this model does not allow."""
 
 
+class PolicyError(MoelabError, ValueError):
+    """A replacement policy, pins or initial contents that cannot be used."""
+
+
+class ReplayError(MoelabError, ValueError):
+    """A routing frame that cannot be replayed."""
+
+
 class NotYetError(MoelabError, NotImplementedError):
     """An option that is part of the interface and not built yet. It is refused, never ignored."""
 

@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .experts.attach import Attachment, all_parameters, arrays_in, origins_of
 from .experts.capacity import Capacity, resolve_capacity
 from .experts.misses import MissAction, checked_budget, resolve_action
-from .experts.policy import LRU
+from .experts.policies import Policy, PolicyMaker, make_policy
 from .families import SwitchSite, find_switches
 from .lab import Lab
 
@@ -25,7 +25,7 @@ def load(
     name_or_path: str | Path = LAB_MODEL,
     capacity: Capacity = "auto",
     *,
-    policy: str = "lru",
+    policy: str | Policy | PolicyMaker = "lru",
     on_miss: str | MissAction = "load",
     pins: Mapping[int, Iterable[int]] | None = None,
     swap_budget: int | None = None,
@@ -39,7 +39,8 @@ def load(
         name_or_path: `"lab"` (the shipped model), a folder, or a name on the Hugging Face hub.
         capacity: Experts a layer to hold: an int counts them, a float is a share of them,
             `"auto"` takes what fits in the memory there is.
-        policy: Who leaves when an expert needs a slot; `moelab.policies()` lists them.
+        policy: Who leaves when an expert needs a slot: a name that `moelab.policies()` lists, or
+            an object of your own.
         on_miss: What happens when a chosen expert is not resident: `"load"` reads it and is exact;
             see `Lab.set_on_miss` for the approximations.
         pins: Experts that never leave, by layer.
@@ -61,6 +62,7 @@ def load(
 
     if dtype not in (None, "float32"):
         raise ValueError(f"dtype must be None (the checkpoint's own) or 'float32', got {dtype!r}.")
+    maker = make_policy(policy)
     action, swap_budget = resolve_action(on_miss), checked_budget(swap_budget)
     folder = resolve(name_or_path, revision)
     read_config(folder)
@@ -85,7 +87,7 @@ def load(
     pinned = {layer: frozenset(experts) for layer, experts in (pins or {}).items()}
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     attachment = Attachment(
-        model, sites, capacities, origins, LRU, pins=pinned, widen=dtype == "float32"
+        model, sites, capacities, origins, maker, pins=pinned, widen=dtype == "float32"
     )
     try:
         if dtype == "float32":
@@ -104,7 +106,7 @@ def load(
             capacities=capacities,
             attachment=attachment,
             spans=spans,
-            policy=LRU.name,
+            policy=maker().name,
             pins=pinned,
             swap_budget=swap_budget,
         )

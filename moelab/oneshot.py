@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ClosedError, NotYetError
 from .experts.capacity import Capacity
 from .experts.misses import MissAction
+from .experts.policies import Policy, PolicyMaker
 from .prompting import Prompt, Template
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def generate(
     max_tokens: int = 200,
     *,
     capacity: Capacity = "auto",
-    policy: str = "lru",
+    policy: str | Policy | PolicyMaker = "lru",
     on_miss: str | MissAction = "load",
     pins: Mapping[int, Iterable[int]] | None = None,
     swap_budget: int | None = None,
@@ -79,7 +80,7 @@ def stream_generate(
     max_tokens: int = 200,
     *,
     capacity: Capacity = "auto",
-    policy: str = "lru",
+    policy: str | Policy | PolicyMaker = "lru",
     on_miss: str | MissAction = "load",
     pins: Mapping[int, Iterable[int]] | None = None,
     swap_budget: int | None = None,
@@ -138,7 +139,7 @@ class Session:
         model: str | Path,
         *,
         capacity: Capacity = "auto",
-        policy: str = "lru",
+        policy: str | Policy | PolicyMaker = "lru",
         on_miss: str | MissAction = "load",
         pins: Mapping[int, Iterable[int]] | None = None,
         swap_budget: int | None = None,

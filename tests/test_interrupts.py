@@ -24,7 +24,7 @@ import moelab
 from moelab.experts import loader
 from moelab.experts.bank import LayerBank
 from moelab.experts.loader import ExpertLoader
-from moelab.experts.policy import LRU
+from moelab.experts.policies import LRU
 from moelab.experts.residency import Residency
 from moelab.lab import Lab
 from tests.support import stock, tiny

@@ -272,7 +272,8 @@ class Swaps:
     def __init__(self, capacity: int, budget: int, initial: list[int]) -> None:
         self.capacity, self.budget = capacity, budget
         self.residents = set(initial[:capacity])
-        self.used = {e: (-1, place) for place, e in enumerate(initial[:capacity])}
+        # The most worth keeping first, so the last is the first to leave.
+        self.used = {e: (-1, -place) for place, e in enumerate(initial[:capacity])}
         self.clock = 0
 
     def step(self, slots: list[list[rules.Slot]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelab.experts.policy import LRU
+from moelab.experts.policies import LRU
 from moelab.experts.residency import Load, Residency, Round
 
 EXPERTS = 12

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..experts.bank import Bank, LayerBank
-from ..experts.policy import LRU
+from ..experts.policies import LRU
 from ..experts.residency import Load
 from .model import OpenLayer, OpenModel
 from .pagecache import Piece, cached_share, drop

@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..experts.bank import Bank, LayerBank
-from ..experts.policy import LRU
+from ..experts.policies import LRU
 from ..experts.residency import Load
 from ..experts.switch import PartialSwitch
 from .model import OpenLayer, OpenModel

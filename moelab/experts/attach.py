@@ -18,10 +18,11 @@ from ..checkpoint.headers import TensorSpan
 from ..checkpoint.provenance import Trace
 from ..errors import AttachedError, CheckpointError
 from ..families import SwitchSite
-from .bank import Bank, LayerBank, PolicyMaker
+from .bank import Bank, LayerBank
 from .lossy import LossyEngine, LossyLayer, initial_order
 from .lowbit import low_bit_copies
 from .misses import Load, LowBit, MissAction
+from .policies import PolicyMaker
 from .router import RouterRule, ask_rules
 from .switch import PartialSwitch
 
@@ -130,16 +131,13 @@ class Attachment:
         for: the profile's order, then the lowest ids.
         """
         self.bank.clear()
-        orders = {}
         for layer in self.bank.layers:
-            pins, site = layer.residency.pinned, layer.site
-            room = len(pins)
-            if self.action.lossy:
-                room = layer.capacity
-            elif not layer.residency.policy.admits:
-                room = layer.capacity - site.top_k  # the others are where misses are computed
-            orders[site.layer] = initial_order(site, pins, self._orders.get(site.layer))[:room]
-        self.bank.fill(orders)
+            residency, site = layer.residency, layer.site
+            order: list[int] = []
+            if self.action.lossy or not residency.policy.admits:
+                order = initial_order(site, residency.pinned, self._orders.get(site.layer))
+            # A lossy action computes misses in no slot, so none need stay free for them.
+            layer.fill(order, 0 if self.action.lossy else site.top_k)
         if self._engine is not None:
             self._engine.restart()
 

@@ -8,7 +8,7 @@ numbers, so the arithmetic is mlx-lm's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from ..checkpoint.headers import TensorSpan
 from ..errors import MoelabError
 from ..families import SwitchSite
 from .loader import ExpertLoader, Files, TensorRows
-from .policy import Policy
+from .policies import LRU, Policy
 from .residency import Load, Residency
 
 
@@ -57,16 +57,6 @@ class Bank:
         self.pending.clear()
         for layer in self.layers:
             layer.clear()
-
-    def fill(self, orders: Mapping[int, Sequence[int]]) -> None:
-        """Reads experts into empty slots: the initial contents.
-
-        Args:
-            orders: Experts by layer.
-        """
-        for layer in self.layers:
-            if orders.get(layer.layer):
-                layer.fill(orders[layer.layer])
 
     def close(self) -> None:
         """Closes the files."""
@@ -157,20 +147,19 @@ class LayerBank:
         self.load(self.residency.exchange(needed, wanted, budget))
         self._in_event = False
 
-    def fill(self, experts: Sequence[int]) -> None:
-        """Reads experts into empty slots."""
+    def fill(self, experts: Sequence[int], top_k: int) -> None:
+        """Reads experts into empty slots; see `Residency.fill`."""
         self._in_event = True
-        self.load(self.residency.fill(experts))
+        self.load(self.residency.fill(experts, top_k))
         self._in_event = False
 
     def scratch(self, slots: int) -> LayerBank:
         """Returns a bank of the same layer with slots of its own, that the model does not use."""
-        return LayerBank(
-            self.bank, self.site, slots, self.residency.policy, self._spans, widen=self._widen
-        )
+        return LayerBank(self.bank, self.site, slots, LRU(), self._spans, widen=self._widen)
 
     def end(self) -> None:
         """Ends the event that `begin` started."""
+        self.residency.end()
         self._in_event = False
 
     def clear(self) -> None:
@@ -237,7 +226,3 @@ def _byte_view(array: mx.array) -> np.ndarray:
             "bank needs to read experts into it. Please report this with your MLX version."
         )
     return view
-
-
-PolicyMaker = Callable[[], Policy]
-"""Makes a fresh policy for a layer."""

@@ -7,16 +7,20 @@ replay of a trace follows as well:
 - the event's experts are protected while it is served;
 - an event of more experts than there are slots is *swept*, in rounds: the hits and as many misses
   as fit beside them first, then the other misses in the policy's order, each read once. Whoever
-  sits in the slots at the end stays.
+  sits in the slots at the end stays;
+- pinned experts never leave once they are in;
+- under a policy that admits nothing, pins and initial contents stay, and misses are computed in
+  the slots that these leave free and forgotten when the event ends.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .policy import Policy
+from .policies import Policy
 
 
 class Load(NamedTuple):
@@ -43,17 +47,42 @@ class Residency:
 
     Args:
         capacity: Number of slots.
-        policy: Who leaves.
-        pinned: Experts that never leave once they are in.
+        policy: Who leaves. It must be fresh: a copy of it is kept for `clear`.
+        pinned: Experts that never leave once they are in; at least top-k fewer than slots.
     """
 
     def __init__(self, capacity: int, policy: Policy, pinned: Iterable[int] = ()) -> None:
         self.capacity = capacity
         self.policy = policy
         self.pinned = frozenset(pinned)
+        policy.sized(capacity - len(self.pinned))
+        self._fresh = copy.deepcopy(policy)
         self.slot_of: dict[int, int] = {}
-        """Slot of each resident expert."""
+        """Slot of each expert in memory: the residents and, until an event ends, those of its
+        misses that are not admitted."""
+        self._passing: list[int] = []
+        """Those misses."""
         self._free = list(range(capacity - 1, -1, -1))  # slot 0 is given out first
+
+    def fill(self, experts: Iterable[int], top_k: int) -> list[Load]:
+        """Fills free slots before the first event: the pins, then others.
+
+        Args:
+            experts: From most to least worth keeping; those in memory are left out, and those
+                that find no room. The policy is told of them in reverse, so that what goes by age
+                lets the least worthy go first.
+            top_k: Slots that stay free under a policy that admits nothing, for its misses.
+
+        Returns:
+            What to load, pins first. Each is to be confirmed with `arrived`.
+        """
+        wanted = dict.fromkeys([*sorted(self.pinned), *experts])
+        absent = [expert for expert in wanted if expert not in self.slot_of]
+        room = len(self._free) - (0 if self.policy.admits else top_k)
+        entering = absent[: max(room, 0)]
+        loads = [Load(expert, self._free.pop(), None) for expert in entering]
+        self.policy.admitted([e for e in reversed(entering) if e not in self.pinned])
+        return loads
 
     def begin(self, needed: Sequence[int]) -> list[int]:
         """Starts an event.
@@ -64,17 +93,24 @@ class Residency:
         Returns:
             Those that are not resident, ascending.
         """
-        self.policy.used(needed)
+        if self._passing:
+            self.end()
+        pinned = self.pinned
+        self.policy.used([e for e in needed if e not in pinned] if pinned else needed)
         slot_of = self.slot_of
         return [expert for expert in needed if expert not in slot_of]
 
     def fits(self, needed: Sequence[int]) -> bool:
         """Whether an event can be served in one round."""
+        if not self.policy.admits:
+            return sum(1 for e in needed if e not in self.slot_of) <= len(self._free)
         pinned = sum(1 for e in self.pinned if e in self.slot_of and e not in needed)
         return len(needed) + pinned <= self.capacity
 
     def admit(self, needed: Sequence[int], misses: Sequence[int]) -> list[Load]:
         """Makes room for the misses of an event that fits; returns what to load."""
+        if not self.policy.admits:
+            return self._pass(misses)
         return self._place(misses, self.pinned.union(needed))
 
     def rounds(self, needed: Sequence[int], misses: Sequence[int]) -> Iterator[Round]:
@@ -86,10 +122,18 @@ class Residency:
             yield Round(needed, self.admit(needed, misses))
             return
         absent = set(misses)
-        protected = self.pinned.union(needed)
-        room = len(self._free) + sum(1 for e in self.slot_of if e not in protected)
         waiting = list(self.policy.sweep_order(misses))
         serve = [expert for expert in needed if expert not in absent]
+        if not self.policy.admits:
+            while waiting:
+                first, waiting = waiting[: len(self._free)], waiting[len(self._free) :]
+                yield Round([*serve, *first], self._pass(first))
+                serve = []
+                if waiting:
+                    self.end()
+            return
+        protected = self.pinned.union(needed)
+        room = len(self._free) + sum(1 for e in self.slot_of if e not in protected)
         while waiting or serve:
             first, waiting = waiting[:room], waiting[room:]
             if serve or first:
@@ -97,12 +141,6 @@ class Residency:
             # Everyone who was served may leave now.
             serve, protected = [], self.pinned
             room = self.capacity - sum(1 for e in self.slot_of if e in self.pinned)
-
-    def fill(self, experts: Sequence[int]) -> list[Load]:
-        """Puts experts into empty slots, before the first event; returns what to load."""
-        entering = [e for e in experts if e not in self.slot_of]
-        self.policy.admitted(entering)
-        return self._place(entering, self.pinned)
 
     def exchange(self, needed: Sequence[int], wanted: Sequence[int], budget: int) -> list[Load]:
         """Ends a lossy step: lets a few of the experts that it missed in, for the next one.
@@ -116,7 +154,7 @@ class Residency:
         Returns:
             What to load.
         """
-        self.policy.used(needed)
+        self.policy.used([e for e in needed if e not in self.pinned])
         protected = self.pinned
         if len(needed) <= self.capacity:
             protected = protected.union(needed)
@@ -127,21 +165,48 @@ class Residency:
         """Confirms that `load` was read, whole."""
         self.slot_of[load.expert] = load.slot
 
+    def end(self) -> None:
+        """Ends an event: forgets the misses that were not admitted."""
+        while self._passing:
+            slot = self.slot_of.pop(self._passing[-1])
+            self._free.append(slot)
+            self._passing.pop()
+
+    def ranking(self) -> list[int]:
+        """Returns the residents from least to most worth keeping, by the policy; pins last."""
+        self.end()
+        pins = sorted(e for e in self.slot_of if e in self.pinned)
+        count = len(self.slot_of) - len(pins)
+        return [*copy.deepcopy(self.policy).evict(count, self.slot_of, self.pinned), *pins]
+
     def clear(self) -> None:
-        """Empties every slot."""
+        """Empties every slot; the policy is as fresh as it was at first."""
+        self.policy = copy.deepcopy(self._fresh)
         self.slot_of.clear()
         self.recover()
 
     def recover(self) -> None:
         """Makes the state consistent after an event that was interrupted at any point."""
+        for expert in self._passing:
+            self.slot_of.pop(expert, None)
+        self._passing = []
         taken = set(self.slot_of.values())
         self._free = [s for s in range(self.capacity - 1, -1, -1) if s not in taken]
-        self.policy.resync(self.slot_of)
+        self.policy.resync([e for e in self.slot_of if e not in self.pinned])
+
+    def _pass(self, misses: Sequence[int]) -> list[Load]:
+        """Gives free slots to misses that are not admitted; a pin is."""
+        # Noted first: whatever interrupts this, `recover` knows whom to forget.
+        self._passing = [expert for expert in misses if expert not in self.pinned]
+        return [Load(expert, self._free.pop(), None) for expert in misses]
 
     def _place(self, misses: Sequence[int], protected: frozenset[int]) -> list[Load]:
         loads = []
         short = len(misses) - len(self._free)
         leaving = iter(self.policy.evict(short, self.slot_of, protected) if short > 0 else ())
+        if misses:
+            pinned = self.pinned
+            self.policy.admitted([e for e in misses if e not in pinned] if pinned else misses)
         for expert in misses:
             if self._free:
                 loads.append(Load(expert, self._free.pop(), None))
