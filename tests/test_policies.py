@@ -335,6 +335,30 @@ def test_ranking_is_the_order_of_leaving(name: str, at: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", LIVE)
+@settings(max_examples=40, deadline=None)
+@given(at=situations(longest=3), slots=st.integers(1, EXPERTS))
+def test_resized_keeps_what_is_most_worth_keeping(
+    name: str, at: dict[str, Any], slots: int
+) -> None:
+    slots = max(slots, len(at["pins"]) + 1)
+    bank = residency(name, **at)
+    for needed in at["events"]:
+        serve(bank, needed)
+    before, order = dict(bank.slot_of), bank.ranking()
+    other = bank.resized(slots, 1)
+    room = slots if bank.policy.admits else slots - 1
+    assert set(other.slot_of) == set(order[max(0, len(order) - room) :])
+    assert sorted([*other.slot_of.values(), *other._free]) == list(range(slots))
+    assert bank.slot_of == before and bank.ranking() == order
+    same = bank.resized(at["capacity"], 1)
+    for needed in at["events"]:
+        serve(other, needed)
+        assert len(other.slot_of) <= slots and other.pinned <= set(other.slot_of)
+        got, want = serve(same, needed), serve(bank, needed)
+        assert got[0] == want[0], "of the same size it goes on alike"
+
+
+@pytest.mark.parametrize("name", LIVE)
 def test_use_without_entry_is_bounded_and_harmless(name: str) -> None:
     """A bank that drops its misses tells of every use and lets few in, between events."""
     policy = make_policy(name)()
