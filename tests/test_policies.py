@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Collection, Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -250,6 +252,56 @@ def test_recovers_from_an_interrupt(
         assert sorted(bank.ranking()) == sorted(bank.slot_of)
 
 
+@contextlib.contextmanager
+def interrupted_at(line: int) -> Iterator[None]:
+    """Raises at the n-th line that is run of the bank's rules and policies."""
+    left = line
+    before = sys.gettrace()
+
+    def trace(frame: Any, what: str, _: Any) -> Any:
+        nonlocal left
+        if "moelab/experts" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if what == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_an_interrupt_at_any_line_leaves_a_bank_that_works(name: str) -> None:
+    """In small events and sweeps, with a pin; 8 slots of 24 experts."""
+    events = [sorted({(7 * i * k + k) % 24 for k in range(1, 4)}) for i in range(1, 30)]
+    events[4::6] = [list(range(i % 5, 24, 2)) for i in range(len(events[4::6]))]
+    for line in range(1, 10_000, 13):
+        bank = residency(name, [], 8, [3], [9, 1, 4])
+        done = 0
+        try:
+            with interrupted_at(line):
+                for needed in events:
+                    serve(bank, needed)
+                    done += 1
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        bank.recover()
+        for needed in events[done:]:
+            assert sorted([*bank.slot_of.values(), *bank._free]) == list(range(8))
+            assert 3 in bank.slot_of
+            assert sorted(bank.ranking()) == sorted(bank.slot_of)
+            misses, rounds = serve(bank, needed)
+            assert sorted(load.expert for part in rounds for load in part.loads) == misses
+    assert line > 1000
+
+
 @pytest.mark.parametrize("name", LIVE)
 @settings(max_examples=40, deadline=None)
 @given(at=situations())
@@ -280,6 +332,30 @@ def test_ranking_is_the_order_of_leaving(name: str, at: dict[str, Any]) -> None:
         )
         assert order == [*first, *pinned]
         assert serve(bank, needed) == serve(twin, needed)
+
+
+@pytest.mark.parametrize("name", LIVE)
+@settings(max_examples=40, deadline=None)
+@given(at=situations(longest=3), slots=st.integers(1, EXPERTS))
+def test_resized_keeps_what_is_most_worth_keeping(
+    name: str, at: dict[str, Any], slots: int
+) -> None:
+    slots = max(slots, len(at["pins"]) + 1)
+    bank = residency(name, **at)
+    for needed in at["events"]:
+        serve(bank, needed)
+    before, order = dict(bank.slot_of), bank.ranking()
+    other = bank.resized(slots, 1)
+    room = slots if bank.policy.admits else slots - 1
+    assert set(other.slot_of) == set(order[max(0, len(order) - room) :])
+    assert sorted([*other.slot_of.values(), *other._free]) == list(range(slots))
+    assert bank.slot_of == before and bank.ranking() == order
+    same = bank.resized(at["capacity"], 1)
+    for needed in at["events"]:
+        serve(other, needed)
+        assert len(other.slot_of) <= slots and other.pinned <= set(other.slot_of)
+        got, want = serve(same, needed), serve(bank, needed)
+        assert got[0] == want[0], "of the same size it goes on alike"
 
 
 @pytest.mark.parametrize("name", LIVE)

@@ -179,6 +179,25 @@ class Residency:
         count = len(self.slot_of) - len(pins)
         return [*copy.deepcopy(self.policy).evict(count, self.slot_of, self.pinned), *pins]
 
+    def resized(self, capacity: int, top_k: int) -> Residency:
+        """Returns the slots of another size, with the residents most worth keeping in them.
+
+        The policy goes on with the history that it has; this object stays as it is. Slots are
+        numbered anew: the caller moves what `slot_of` here and there say.
+
+        Args:
+            capacity: Number of slots; the pins and top-k others must fit.
+            top_k: As for `fill`.
+        """
+        order = self.ranking()[::-1]
+        other = Residency(capacity, copy.deepcopy(self._fresh), self.pinned)
+        other.policy = copy.deepcopy(self.policy)
+        other.policy.sized(capacity - len(self.pinned))
+        room = capacity if self.policy.admits else capacity - top_k
+        other.slot_of = {expert: slot for slot, expert in enumerate(order[:room])}
+        other.recover()
+        return other
+
     def clear(self) -> None:
         """Empties every slot; the policy is as fresh as it was at first."""
         self.policy = copy.deepcopy(self._fresh)
