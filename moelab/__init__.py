@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         MoelabError,
         NotYetError,
     )
+    from .experts.spread import spread_capacity
     from .lab import Lab
     from .loading import load
     from .oneshot import Session, generate, release, stream_generate
@@ -31,6 +32,7 @@ _HOME = {
     "ClosedError": "errors",
     "MoelabError": "errors",
     "NotYetError": "errors",
+    "spread_capacity": "experts.spread",
     "Lab": "lab",
     "load": "loading",
     "Session": "oneshot",
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "read_recording",
     "release",
+    "spread_capacity",
     "stream_generate",
 ]
 

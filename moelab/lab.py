@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
     from .chat import Chat
+    from .experts.budget import Budget
     from .routing.session import RecordingSession
     from .routing.steps import StepWatch
 
@@ -59,6 +60,7 @@ class Lab:
         sites: The MoE layers.
         capacities: Slots of each MoE layer, in the order of `sites`.
         sampling: What the model recommends.
+        budget: How the capacity follows from memory; None where the capacity was given.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Lab:
         attachment: Attachment,
         spans: dict[str, TensorSpan],
         policy: str,
+        budget: Budget | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -83,6 +86,7 @@ class Lab:
         self.sites = list(sites)
         self.capacities = list(capacities)
         self.policy = policy
+        self.budget = budget
         self.sampling = recommended_sampling(path)
         self._attachment = attachment
         self._spans = spans

@@ -13,7 +13,8 @@ from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
 from .errors import CheckpointError
-from .experts.attach import Attachment, all_parameters, arrays_in, origins_of
+from .experts.attach import Attachment, arrays_in, origins_of
+from .experts.budget import needs
 from .experts.capacity import Capacity, resolve_capacity
 from .experts.policy import LRU
 from .families import SwitchSite, find_switches
@@ -24,6 +25,9 @@ def load(
     name_or_path: str | Path = LAB_MODEL,
     capacity: Capacity = "auto",
     *,
+    budget_gb: float | None = None,
+    context: int | None = None,
+    kv_bits: int | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -33,7 +37,13 @@ def load(
     Args:
         name_or_path: `"lab"` (the shipped model), a folder, or a name on the Hugging Face hub.
         capacity: Experts a layer to hold: an int counts them, a float is a share of them,
-            `"auto"` takes what fits in the memory there is.
+            `"auto"` takes what fits in the memory there is, as `lab.budget` then shows. A sequence
+            has an int for each MoE layer, a mapping one by the decoder layer's number.
+        budget_gb: Memory to take instead, in units of 10⁹ bytes. It counts what `lab.memory()`
+            counts, trunk and slots; if you give `context`, the cache and the peak of prefill too.
+        context: Tokens of prompt and answer that `"auto"` and a budget leave room for. None takes
+            8,192, or the model's most if that is less, for `"auto"`.
+        kv_bits: Bits of the key-value cache that you will run with: 8, 4 or None.
         dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: As in `mlx_lm.load`.
@@ -44,7 +54,8 @@ def load(
     Raises:
         CheckpointError: If there is no such model, its files are damaged, it has no routed
             experts, or its experts cannot be read one at a time.
-        CapacityError: If the capacity is under a layer's top-k or over its number of experts.
+        CapacityError: If the capacity is under a layer's top-k or over its number of experts, too
+            little memory is there or allowed, or both a capacity and a budget were given.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -56,15 +67,16 @@ def load(
     model, config, trace = load_traced(folder, trust_remote_code=trust_remote_code)
     sites = find_switches(model, config["model_type"])
     check_backend(sites, dtype)
-    expert_arrays = {id(array) for site in sites for _, _, array in site.tensors()}
-    trunk = [a for a in arrays_in(all_parameters(model)) if id(a) not in expert_arrays]
-    growth = 2 if dtype == "float32" else 1
-    capacities = resolve_capacity(
+    settled = resolve_capacity(
         capacity,
         sites,
-        trunk_bytes=growth * sum(a.nbytes for a in trunk),
-        expert_bytes=growth * sum(a.nbytes // s.experts for s in sites for _, _, a in s.tensors()),
+        lambda: needs(
+            model, sites, config, context=context, kv_bits=kv_bits, widen=dtype == "float32"
+        ),
+        budget_gb=budget_gb,
+        whole=context is not None,
     )
+    capacities = settled.capacities
     partial = [c < site.experts for c, site in zip(capacities, sites, strict=True)]
     origins = [
         origins_of(site, trace, spans) if part else {}
@@ -89,6 +101,7 @@ def load(
             attachment=attachment,
             spans=spans,
             policy=LRU.name,
+            budget=settled.budget,
         )
     except BaseException:
         attachment.detach()
