@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .lab import Lab
     from .loading import load
     from .oneshot import Session, generate, release, stream_generate
+    from .planning import Plan, plan
     from .routing.recording import Recording, read_recording
 
 __version__ = "0.1.0"
@@ -39,6 +40,8 @@ _HOME = {
     "generate": "oneshot",
     "release": "oneshot",
     "stream_generate": "oneshot",
+    "Plan": "planning",
+    "plan": "planning",
     "Recording": "routing.recording",
     "read_recording": "routing.recording",
 }
@@ -51,10 +54,12 @@ __all__ = [
     "Lab",
     "MoelabError",
     "NotYetError",
+    "Plan",
     "Recording",
     "Session",
     "generate",
     "load",
+    "plan",
     "read_recording",
     "release",
     "spread_capacity",

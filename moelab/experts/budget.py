@@ -79,7 +79,8 @@ class Budget:
         """Bytes of everything that `Lab.memory` counts, and of `Need.extra`."""
         return self.need.trunk + self.need.extra + self.experts
 
-    def _facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, str]:
+        """Returns the sum's lines by name, as they are shown."""
         facts = {}
         for row in self.rows:
             amount = size(row.nbytes) if row.counted else f"({size(-row.nbytes)})"
@@ -88,10 +89,10 @@ class Budget:
         return facts
 
     def __repr__(self) -> str:
-        return facts_text("Memory", self._facts())
+        return facts_text("Memory", self.facts())
 
     def _repr_html_(self) -> str:
-        return facts_html("Memory", self._facts())
+        return facts_html("Memory", self.facts())
 
 
 def needs(
@@ -155,11 +156,20 @@ def within(budget_gb: float, sites: Sequence[SwitchSite], need: Need, *, whole: 
     """Fits as many experts as a budget allows; where it helps, first layers get one more.
 
     Args:
-        budget_gb: Budget in units of 10⁹ bytes.
+        budget_gb: Units of 10⁹ bytes.
         sites: The model's MoE layers.
         need: What the model takes.
         whole: Cache and prefill are in the budget too; if False they come on top, and only trunk,
             slots and `Need.extra` are in it.
+
+    Raises:
+        CapacityError: If it is no positive number.
+    """
+    return _budget(asked(budget_gb), sites, need, [], _running(need, counted=whole), even=False)
+
+
+def asked(budget_gb: float) -> Memory:
+    """Returns a budget as memory.
 
     Raises:
         CapacityError: If it is no positive number.
@@ -172,8 +182,7 @@ def within(budget_gb: float, sites: Sequence[SwitchSite], need: Need, *, whole: 
         raise CapacityError(
             f"budget_gb must be a positive number of GB (10⁹ bytes), got {budget_gb!r}."
         )
-    memory = Memory(int(budget_gb * 1e9), "your budget")
-    return _budget(memory, sites, need, [], _running(need, counted=whole), even=False)
+    return Memory(round(budget_gb * 1e9), "your budget")
 
 
 def _running(need: Need, counted: bool = True) -> list[Row]:
@@ -218,7 +227,7 @@ def _budget(
     held = "all of them" if whole else f"{numbers(slots)} of {numbers(s.experts for s in sites)}"
     why = held if fits else f"{numbers(slots)}, the least that a token needs"
     layers = f"{len(sites)} layer{'s' if len(sites) > 1 else ''}"
-    rows.append(Row("experts", -taken, f"{why}, in {layers}"))
+    rows.append(Row("resident experts", -taken, f"{why}, in {layers}"))
     return Budget(memory, tuple(rows), tuple(slots if fits else [0] * len(sites)), need)
 
 

@@ -43,7 +43,7 @@ def spread_capacity(
             top-k or over all experts in every layer.
     """
     frame: pd.DataFrame = usage if hasattr(usage, "columns") else getattr(usage, "usage", None)
-    counts = _counts(frame)
+    counts = _counts(usage if frame is None else frame)
     least = _least(usage, top_k, counts)
     smallest, largest = sum(least.values()), sum(map(len, counts.values()))
     if isinstance(total, bool) or not isinstance(total, int) or not smallest <= total <= largest:
