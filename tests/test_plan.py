@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import mlx.core as mx
@@ -17,7 +22,11 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from huggingface_hub.utils._safetensors import (
+    SafetensorsFileMetadata,
+    SafetensorsRepoMetadata,
+    TensorInfo,
+)
 
 import moelab
 from moelab.checkpoint import outline
@@ -190,17 +199,14 @@ def test_where_a_packed_file_is_needed(tmp_path: Path, monkeypatch: pytest.Monke
             both = np.stack([np.array(value), np.array(up)], axis=2)
             joined = mx.array(both.reshape(value.shape[0], -1, *value.shape[2:]))
             kind = name.rpartition(".")[2]
-            new = "gate_up_proj_bias" if kind == "bias" else "gate_up_proj"
+            new = "gate_up_proj_bias" if kind == "bias" else "gate_up_proj.weight"
             out[name.replace(f"gate_proj.{kind}", new)] = joined
         elif ".experts.down_proj.bias" in name:
             out[name.replace("down_proj.bias", "down_proj_bias")] = value
-        elif ".experts.down_proj.weight" in name:
-            out[name.replace("down_proj.weight", "down_proj")] = value
         elif ".experts.up_proj." not in name:
             out[name] = value
     mx.save_safetensors(str(tmp_path / "model.safetensors"), out, metadata={"format": "pt"})
-    for file in ("config.json",):
-        shutil.copy(stock.folder("gpt_oss", "none") / file, tmp_path / file)
+    shutil.copy(stock.folder("gpt_oss", "none") / "config.json", tmp_path)
     whole = moelab.plan(tmp_path)
     assert whole.not_direct is not None and whole.disk_needed == 0, "all resident: nothing to read"
     routed = whole.total_bytes - whole.trunk_bytes
@@ -291,7 +297,7 @@ def test_headers_that_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(iter(tensors.values()))
     first.data_offsets = (0, first.data_offsets[1] + 64)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: metadata)
-    with pytest.raises(CheckpointError, match="needs .* bytes"):
+    with pytest.raises(CheckpointError, match=r"needs .* bytes"):
         moelab.plan(NAME)
 
 
@@ -312,6 +318,85 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "verdict" in out and "16 tokens" in out and "your budget" in out
     assert main(["plan", "no-such-folder"]) == 1
     assert "no folder" in capsys.readouterr().err
+
+
+class Served(BaseHTTPRequestHandler):
+    """Serves a folder's files as the hub does, and counts the bytes of weights that it gave."""
+
+    folder: Path
+    weights = 0
+    ranges: ClassVar[list[str]] = []
+
+    def _answer(self, body: bool) -> None:
+        file = self.folder / self.path.rpartition("/resolve/main/")[2]
+        if not self.path.startswith(f"/{NAME}/resolve/main/") or not file.is_file():
+            self.send_response(404)
+            known = self.path.startswith(f"/{NAME}/")
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = file.read_bytes()
+        asked = self.headers.get("Range")
+        if asked:
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            self.ranges.append(asked)
+            part = data[first : last + 1]
+        else:
+            part = data
+        if body and file.suffix == ".safetensors":
+            type(self).weights += len(part)
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{file.name}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(part)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        if body:
+            self.wfile.write(part)
+
+    def do_GET(self) -> None:
+        self._answer(True)
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_over_http(tmp_path: Path, lab_path: Path) -> None:
+    """The real client of the hub, in a process of its own, against a server on this machine."""
+    Served.folder = lab_path
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Served)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(Path(moelab.__file__).parents[1]),
+    }
+    code = "import sys; from moelab.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, "plan", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    try:
+        done = run(NAME, "--budget", "0.01")
+        missing = run("someone/else")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    plan = moelab.plan(lab_path, budget_gb=0.01)
+    assert plan.verdict in done.stdout and "to be downloaded" in done.stdout
+    assert Served.ranges and Served.weights < 300_000 < plan.disk_bytes / 10, "headers alone"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert missing.returncode == 1 and "There is no model 'someone/else'" in missing.stderr
 
 
 def test_names() -> None:
