@@ -63,6 +63,15 @@ def decode(banks: Banks, text: Routing) -> int:
     return hits
 
 
+def static_hits(table: pd.DataFrame, capacities: Sequence[int], text: Routing) -> int:
+    """Returns the hits where each layer holds its most used experts and nothing changes."""
+    hits = 0
+    for layer, slots in enumerate(capacities):
+        counts = table.loc[table["layer"] == layer, "count"].to_numpy()
+        hits += int(np.isin(text[:, layer], np.argsort(-counts, kind="stable")[:slots]).sum())
+    return hits
+
+
 def warmed(capacities: Sequence[int], texts: Sequence[Routing]) -> Banks:
     """Banks as the calibration texts leave them."""
     banks = [Residency(capacity, LRU()) for capacity in capacities]
@@ -85,19 +94,22 @@ def live_hits(capacities: Mapping[int, int], tokens: Sequence[int]) -> int:
 
 def compare(
     calibration: Sequence[Routing], test: Sequence[Routing], each: int, experts: int, top_k: int
-) -> tuple[dict[int, int], np.ndarray, np.ndarray]:
+) -> tuple[dict[int, int], np.ndarray]:
     """Hit rates of every test text with `each` slots a layer and with as many, spread.
 
     Returns:
-        The spread; hit rates, uniform and spread, float64 (texts,).
+        The spread; hit rates, float64 (4, texts): LRU uniform and spread, static uniform and
+        spread.
     """
     layers = test[0].shape[1]
-    spread = moelab.spread_capacity(usage(calibration, experts), each * layers, top_k=top_k)
-    rates = []
+    table = usage(calibration, experts)
+    spread = moelab.spread_capacity(table, each * layers, top_k=top_k)
+    rates, fixed = [], []
     for capacities in ([each] * layers, list(spread.values())):
         banks = warmed(capacities, calibration)
         rates.append([decode(copy.deepcopy(banks), text) / text.size for text in test])
-    return spread, np.array(rates[0]), np.array(rates[1])
+        fixed.append([static_hits(table, capacities, text) / text.size for text in test])
+    return spread, np.array([*rates, *fixed])
 
 
 def main(tokens: int = 128, calibration_texts: int = 4, test_texts: int = 8) -> str:
@@ -113,18 +125,20 @@ def main(tokens: int = 128, calibration_texts: int = 4, test_texts: int = 8) -> 
         experts, top_k = lab.sites[0].experts, lab.sites[0].top_k
     calibration, test = ([r for _, r in parts[split]] for split in ("calibration", "test"))
     lines = [
-        f"{len(calibration)} calibration and {len(test)} test texts of {tokens} tokens, LRU",
-        "slots a layer | spread by layer | uniform hits | spread hits | difference (95%, points)",
+        f"{len(calibration)} calibration and {len(test)} test texts of {tokens} tokens",
+        "slots a layer | spread by layer | LRU hits uniform | spread | difference (95%, points) | "
+        "static hits uniform | spread | difference (95%, points)",
     ]
     for each in (8, 12, 16, 24, 32, 48):
-        spread, uniform, ours = compare(calibration, test, each, experts, top_k)
-        gain = 100 * (ours - uniform)
-        half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
-        lines.append(
-            f"{each} | {' '.join(map(str, spread.values()))} | {uniform.mean():.2%} | "
-            f"{ours.mean():.2%} | {gain.mean():+.2f} ({gain.mean() - half:+.2f} to "
-            f"{gain.mean() + half:+.2f})"
-        )
+        spread, rates = compare(calibration, test, each, experts, top_k)
+        cells = [str(each), " ".join(map(str, spread.values()))]
+        for uniform, ours in (rates[:2], rates[2:]):
+            gain = 100 * (ours - uniform)
+            half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
+            low, high = gain.mean() - half, gain.mean() + half
+            cells += [f"{uniform.mean():.2%}", f"{ours.mean():.2%}",
+                      f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})"]  # fmt: skip
+        lines.append(" | ".join(cells))
         if each == 16:
             for text, chosen_ids in (parts["test"][0], parts["test"][-1]):
                 banks = [Residency(c, LRU()) for c in spread.values()]

@@ -24,6 +24,7 @@ from moelab.experts.capacity import resolve_capacity
 from moelab.experts.footprint import Footprint
 from moelab.experts.memory import Memory
 from moelab.families import find_switches
+from tests import spread_figure
 from tests.support import stock, tiny
 
 TOLERANCE = 0.03
@@ -271,6 +272,21 @@ def test_a_spread_is_taken_as_capacity() -> None:
     assert spread == {0: 2, 1: 10}
     with moelab.load(stock.folder("olmoe"), spread) as lab:
         assert lab.capacities == [2, 10]
+
+
+def test_a_spread_pays_where_layers_differ() -> None:
+    """Layer 0 goes back and forth between 4 experts, layer 1 uses all 16: held-out hits, LRU."""
+    rng = np.random.default_rng(0)
+
+    def text() -> np.ndarray:
+        few = rng.permuted(np.tile(np.arange(4), (80, 1)), axis=1)[:, :2]
+        many = rng.permuted(np.tile(np.arange(16), (80, 1)), axis=1)[:, :2]
+        return np.stack([few, many], axis=1)
+
+    spread, rates = spread_figure.compare([text()], [text() for _ in range(5)], 8, 16, 2)
+    assert spread == {0: 4, 1: 12}
+    for uniform, ours in (rates[:2], rates[2:]):
+        assert (ours > uniform + 0.05).all()
 
 
 @pytest.mark.parametrize(

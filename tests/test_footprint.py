@@ -67,7 +67,7 @@ def test_cache_and_peak(family: str) -> None:
         assert found.cache == cache, (chunk, context)
         assert found.cache + found.prefill == pytest.approx(peak, rel=0.5), (chunk, context)
         if context == 700:
-            assert found.cache + found.prefill == pytest.approx(peak, rel=0.2)
+            assert found.cache + found.prefill == pytest.approx(peak, rel=0.3)
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
