@@ -12,7 +12,7 @@ import mlx.nn as nn
 from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
-from .errors import CheckpointError
+from .errors import CapacityError, CheckpointError
 from .experts.attach import Attachment, arrays_in, origins_of
 from .experts.budget import needs
 from .experts.capacity import Capacity, resolve_capacity
@@ -43,7 +43,8 @@ def load(
             counts, trunk and slots; if you give `context`, the cache and the peak of prefill too.
         context: Tokens of prompt and answer that `"auto"` and a budget leave room for. None takes
             8,192, or the model's most if that is less, for `"auto"`.
-        kv_bits: Bits of the key-value cache that you will run with: 8, 4 or None.
+        kv_bits: Bits of the cache that this room is for: 8, 4 or None for the model's own type.
+            What a cache is made with is `kv_bits` of `Lab.generate`.
         dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: As in `mlx_lm.load`.
@@ -61,6 +62,12 @@ def load(
 
     if dtype not in (None, "float32"):
         raise ValueError(f"dtype must be None (the checkpoint's own) or 'float32', got {dtype!r}.")
+    if capacity != "auto" and (context is not None or kv_bits is not None):
+        raise CapacityError(
+            "context and kv_bits say how much room 'auto' or a budget is to leave, and with "
+            f"capacity={capacity!r} they would do nothing. Leave them away; for a quantised cache "
+            "give kv_bits to lab.generate."
+        )
     folder = resolve(name_or_path, revision)
     read_config(folder)
     spans = read_headers(folder)

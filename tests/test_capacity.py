@@ -99,6 +99,17 @@ def test_with_a_context_cache_and_prefill_are_in_the_budget() -> None:
         assert "on top of the budget" in repr(lab.budget)
 
 
+def test_a_budget_counts_what_is_converted_to_float32() -> None:
+    path = stock.folder("olmoe", "none", dtype="bfloat16")
+    before = settled()
+    asked = 0.9e6
+    with moelab.load(path, budget_gb=asked / 1e9, dtype="float32") as lab:
+        assert lab.budget is not None and lab.capacity < 16
+        near = max(TOLERANCE * asked, *lab.budget.need.experts)
+        assert asked - near <= lab.memory().total == lab.budget.weights <= asked
+        assert settled() - before == pytest.approx(asked, abs=near)
+
+
 def test_more_than_the_model_needs() -> None:
     with moelab.load(stock.folder("olmoe"), budget_gb=1) as lab:
         assert lab.capacity == 16 and lab.budget is not None
@@ -175,6 +186,8 @@ def test_automatic_is_a_sum() -> None:
         ({"budget_gb": 1e-6}, ("too little memory", "your budget: 1.00 kB", "trunk", "left")),
         ({"budget_gb": 1, "capacity": 8}, ("capacity=8 and budget_gb=1", "one of them")),
         ({"budget_gb": 1, "capacity": 0.5}, ("capacity=0.5 and budget_gb=1",)),
+        ({"capacity": 8, "context": 100}, ("capacity=8 they would do nothing",)),
+        ({"capacity": 8, "kv_bits": 8}, ("would do nothing", "give kv_bits to lab.generate")),
         ({"budget_gb": 1, "context": -1}, ("context must be a positive",)),
         ({"budget_gb": 1, "context": 10, "kv_bits": 5}, ("kv_bits must be 8, 4 or None",)),
         ({"capacity": [4]}, ("has 1 numbers and the model has 2 MoE layers (0, 1)", "got [4]")),
