@@ -7,7 +7,6 @@ models by accident; `release` frees it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +178,7 @@ def _lab(model: str | Path, capacity: Capacity, dtype: str | None) -> Lab:
     from .loading import load
 
     global _kept
-    # A copy, so that a list that the caller changes meanwhile is seen to differ.
-    key = _Key(str(model), copy.copy(capacity), type(capacity), dtype)
+    key = _Key(str(model), capacity, type(capacity), dtype)
     if _kept is not None and _kept[0] != key:
         release()
     if _kept is None:
