@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         ReplayError,
     )
     from .experts.policies import policies
+    from .experts.spread import spread_capacity
     from .lab import Lab
     from .loading import load
     from .oneshot import Session, generate, release, stream_generate
+    from .planning import Plan, plan
     from .routing.recording import Recording, read_recording
     from .routing.replay import Replay, replay
 
@@ -39,12 +41,15 @@ _HOME = {
     "NotYetError": "errors",
     "PolicyError": "errors",
     "ReplayError": "errors",
+    "spread_capacity": "experts.spread",
     "Lab": "lab",
     "load": "loading",
     "Session": "oneshot",
     "generate": "oneshot",
     "release": "oneshot",
     "stream_generate": "oneshot",
+    "Plan": "planning",
+    "plan": "planning",
     "Recording": "routing.recording",
     "read_recording": "routing.recording",
     "policies": "experts.policies",
@@ -61,6 +66,7 @@ __all__ = [
     "MissActionError",
     "MoelabError",
     "NotYetError",
+    "Plan",
     "PolicyError",
     "Recording",
     "Replay",
@@ -68,10 +74,12 @@ __all__ = [
     "Session",
     "generate",
     "load",
+    "plan",
     "policies",
     "read_recording",
     "release",
     "replay",
+    "spread_capacity",
     "stream_generate",
 ]
 

@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--max-tokens", type=int, default=100, help="for each answer (%(default)s)")
     one.set_defaults(command=_demo)
 
+    one = commands.add_parser("plan", help="whether and how a model would run here; no download")
+    _model(one)
+    one.add_argument("--context", type=int, default=None, help="tokens to leave room for")
+    one.add_argument("--budget", type=float, default=None, help="GB of memory to take")
+    one.add_argument("--kv-bits", type=int, default=None, help="bits of the cache: 8 or 4")
+    one.set_defaults(command=_plan)
+
     one = commands.add_parser("check", help="check on this machine what moelab promises")
     _model(one)
     one.add_argument("--capacity", type=capacity, default=None, help="experts a layer")
@@ -96,6 +103,20 @@ def _demo(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.capacity, folder=arguments.out, max_tokens=arguments.max_tokens
     )
     print(summary(made))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .planning import plan
+
+    print(
+        plan(
+            arguments.model,
+            context=arguments.context,
+            budget_gb=arguments.budget,
+            kv_bits=arguments.kv_bits,
+        )
+    )
     return 0
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
     from .chat import Chat
+    from .experts.budget import Budget
     from .routing.session import RecordingSession
     from .routing.steps import StepWatch
 
@@ -67,6 +68,7 @@ class Lab:
         swap_budget: Experts a layer that may enter after a step of a lossy action; None for the
             layer's top-k.
         sampling: What the model recommends.
+        budget: How the capacity follows from memory; None where the capacity was given.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Lab:
         policy: str,
         pins: Mapping[int, frozenset[int]] | None = None,
         swap_budget: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -95,6 +98,7 @@ class Lab:
         self.policy = policy
         self.pins = dict(pins or {})
         self.swap_budget = swap_budget
+        self.budget = budget
         self.sampling = recommended_sampling(path)
         self._attachment = attachment
         self._spans = spans

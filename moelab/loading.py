@@ -12,10 +12,12 @@ import mlx.nn as nn
 from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
-from .errors import CheckpointError
-from .experts.attach import Attachment, all_parameters, arrays_in, origins_of
+from .errors import CapacityError, CheckpointError
+from .experts.attach import Attachment, arrays_in, origins_of
+from .experts.budget import needs
 from .experts.capacity import Capacity, resolve_capacity
-from .experts.misses import MissAction, checked_budget, resolve_action
+from .experts.lowbit import low_bit_bytes
+from .experts.misses import LowBit, MissAction, checked_budget, resolve_action
 from .experts.policies import Policy, PolicyMaker, make_policy
 from .families import SwitchSite, find_switches
 from .lab import Lab
@@ -29,6 +31,9 @@ def load(
     on_miss: str | MissAction = "load",
     pins: Mapping[int, Iterable[int]] | None = None,
     swap_budget: int | None = None,
+    budget_gb: float | None = None,
+    context: int | None = None,
+    kv_bits: int | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -38,7 +43,8 @@ def load(
     Args:
         name_or_path: `"lab"` (the shipped model), a folder, or a name on the Hugging Face hub.
         capacity: Experts a layer to hold: an int counts them, a float is a share of them,
-            `"auto"` takes what fits in the memory there is.
+            `"auto"` takes what fits in the memory there is, as `lab.budget` then shows. A sequence
+            has an int for each MoE layer, a mapping one by the decoder layer's number.
         policy: Who leaves when an expert needs a slot: a name that `moelab.policies()` lists, or
             an object of your own.
         on_miss: What happens when a chosen expert is not resident: `"load"` reads it and is exact;
@@ -46,6 +52,12 @@ def load(
         pins: Experts that never leave, by layer.
         swap_budget: For an approximation: experts a layer that may enter after a step. None for
             the layer's top-k.
+        budget_gb: Memory to take instead, in units of 10⁹ bytes. It counts what `lab.memory()`
+            counts, trunk and slots; if you give `context`, the cache and the peak of prefill too.
+        context: Tokens of prompt and answer that `"auto"` and a budget leave room for. None takes
+            8,192, or the model's most if that is less, for `"auto"`.
+        kv_bits: Bits of the cache that this room is for: 8, 4 or None for the model's own type.
+            What a cache is made with is `kv_bits` of `Lab.generate`.
         dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: As in `mlx_lm.load`.
@@ -56,7 +68,8 @@ def load(
     Raises:
         CheckpointError: If there is no such model, its files are damaged, it has no routed
             experts, or its experts cannot be read one at a time.
-        CapacityError: If the capacity is under a layer's top-k or over its number of experts.
+        CapacityError: If the capacity is under a layer's top-k or over its number of experts, too
+            little memory is there or allowed, or both a capacity and a budget were given.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -64,21 +77,37 @@ def load(
         raise ValueError(f"dtype must be None (the checkpoint's own) or 'float32', got {dtype!r}.")
     maker = make_policy(policy)
     action, swap_budget = resolve_action(on_miss), checked_budget(swap_budget)
+    if capacity != "auto" and (context is not None or kv_bits is not None):
+        raise CapacityError(
+            "context and kv_bits say how much room 'auto' or a budget is to leave, and with "
+            f"capacity={capacity!r} they would do nothing. Leave them away; for a quantised cache "
+            "give kv_bits to lab.generate."
+        )
     folder = resolve(name_or_path, revision)
     read_config(folder)
     spans = read_headers(folder)
     model, config, trace = load_traced(folder, trust_remote_code=trust_remote_code)
     sites = find_switches(model, config["model_type"])
     check_backend(sites, dtype)
-    expert_arrays = {id(array) for site in sites for _, _, array in site.tensors()}
-    trunk = [a for a in arrays_in(all_parameters(model)) if id(a) not in expert_arrays]
-    growth = 2 if dtype == "float32" else 1
-    capacities = resolve_capacity(
+    copies = 0
+    if isinstance(action, LowBit):
+        copies = sum(low_bit_bytes(site, action.bits) for site in sites)
+    settled = resolve_capacity(
         capacity,
         sites,
-        trunk_bytes=growth * sum(a.nbytes for a in trunk),
-        expert_bytes=growth * sum(a.nbytes // s.experts for s in sites for _, _, a in s.tensors()),
+        lambda: needs(
+            model,
+            sites,
+            config,
+            context=context,
+            kv_bits=kv_bits,
+            widen=dtype == "float32",
+            extra_bytes=copies,
+        ),
+        budget_gb=budget_gb,
+        whole=context is not None,
     )
+    capacities = settled.capacities
     partial = [c < site.experts for c, site in zip(capacities, sites, strict=True)]
     origins = [
         origins_of(site, trace, spans) if part else {}
@@ -109,6 +138,7 @@ def load(
             policy=maker().name,
             pins=pinned,
             swap_budget=swap_budget,
+            budget=settled.budget,
         )
         if action.lossy:
             lab.set_on_miss(action)

@@ -87,14 +87,17 @@ def test_automatic_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     with moelab.load(path) as lab:
         assert lab.capacity == 16, "it all fits"
         use = lab.memory()
+        assert lab.budget is not None
+        run = lab.budget.need.footprint
     one = use.resident_experts // 16
+    fixed = use.trunk + run.cache + run.prefill
     for room, slots in ((7.5, 7), (2.1, 2)):
-        size = int((use.trunk + room * one) / (1 - capacity_module.MARGIN))
+        size = int((fixed + room * one) / (1 - capacity_module.MARGIN))
         found = capacity_module.Memory(size, "what the test says")
         monkeypatch.setattr(capacity_module, "available_memory", lambda found=found: found)
         with moelab.load(path) as lab:
             assert lab.capacity == slots
-    size = int((use.trunk + 1.9 * one) / (1 - capacity_module.MARGIN))
+    size = int((fixed + 1.9 * one) / (1 - capacity_module.MARGIN))
     found = capacity_module.Memory(size, "what the test says")
     monkeypatch.setattr(capacity_module, "available_memory", lambda: found)
     refused(CapacityError, "too little memory", "what the test says", "needs 2", "smaller model")

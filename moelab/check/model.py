@@ -22,6 +22,7 @@ from ..checkpoint.headers import TensorSpan, read_headers
 from ..checkpoint.provenance import load_traced
 from ..checkpoint.resolve import read_config, resolve
 from ..experts.attach import all_parameters, origins_of
+from ..experts.budget import Need, needs
 from ..families import SwitchSite, find_switches
 from ..loading import check_backend
 
@@ -102,6 +103,8 @@ class OpenModel:
     folder: Path
     facts: ModelFacts
     layers: list[OpenLayer]
+    need: Need
+    """What running it takes."""
 
 
 def open_model(name_or_path: str | Path) -> OpenModel:
@@ -120,6 +123,7 @@ def open_model(name_or_path: str | Path) -> OpenModel:
     sites = find_switches(model, config["model_type"])
     check_backend(sites, None)
     given = _inputs(model, sites)
+    need = needs(model, sites, config)
     layers = []
     for site, entry in zip(sites, given, strict=True):
         # The trace keeps every array of the checkpoint alive, so it is not kept itself.
@@ -141,7 +145,7 @@ def open_model(name_or_path: str | Path) -> OpenModel:
         total_bytes=total,
         precision=_precision(sites[0]),
     )
-    return OpenModel(folder, facts, layers)
+    return OpenModel(folder, facts, layers, need)
 
 
 def _precision(site: SwitchSite) -> str:

@@ -109,11 +109,9 @@ class _Plan:
 def _plan(model: OpenModel, capacity: Capacity | None) -> _Plan | str:
     """Returns how to run the model, or why it cannot be run at all on this machine."""
     sites = [layer.site for layer in model.layers]
-    trunk = model.facts.trunk_bytes
-    experts = sum(layer.expert_bytes for layer in model.layers)
 
     def slots(ask: Capacity) -> list[int]:
-        return resolve_capacity(ask, sites, trunk_bytes=trunk, expert_bytes=experts)
+        return resolve_capacity(ask, sites, lambda: model.need).capacities
 
     if capacity is not None:
         # Settled now: what "auto" means may change while the layers are compared.

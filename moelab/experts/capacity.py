@@ -3,87 +3,145 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..display import size
 from ..errors import CapacityError
 from ..families import SwitchSite
+from .budget import MARGIN, Budget, Need, automatic, within
+from .memory import Memory, available_memory
 
-Capacity = int | float | str
-"""Experts a layer (int), a share of them (float), or `"auto"`."""
+__all__ = ["MARGIN", "Capacity", "Memory", "Settled", "available_memory", "resolve_capacity"]
 
-METAL_SHARE = 0.8
-"""Of Metal's recommended working set; beyond it macOS begins to push back."""
-
-MARGIN = 0.1
-"""Share of the memory found that `"auto"` leaves for the cache, prefill and everyone else."""
+Capacity = int | float | str | Sequence[int] | Mapping[int, int]
+"""Experts a layer (int), a share of them (float), `"auto"`, or an int for each MoE layer: in layer
+order, or by the number of the decoder layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Memory that a model could have, in bytes, and what that figure is."""
+class Settled:
+    """What a capacity comes to."""
 
-    nbytes: int
-    source: str
+    capacities: list[int]
+    """Slots of each MoE layer, in layer order."""
+    budget: Budget | None = None
+    """How they follow from memory; None where they were given."""
 
 
 def resolve_capacity(
-    capacity: Capacity, sites: Sequence[SwitchSite], *, trunk_bytes: int = 0, expert_bytes: int = 0
-) -> list[int]:
+    capacity: Capacity,
+    sites: Sequence[SwitchSite],
+    need: Callable[[], Need],
+    *,
+    budget_gb: float | None = None,
+    whole: bool = False,
+) -> Settled:
     """Turns what a user asked for into slots for each layer.
 
     Args:
         capacity: An int counts experts a layer, a float is a share of them (1 and 1.0 differ),
-            rounded half up; `"auto"` takes what fits in the memory there is.
+            rounded half up; a sequence or a mapping has an int for each layer; `"auto"` takes
+            what fits in the memory there is, or in the budget.
         sites: The model's MoE layers.
-        trunk_bytes: Bytes of everything but the experts; for `"auto"`.
-        expert_bytes: Bytes of one expert of every layer together; for `"auto"`.
-
-    Returns:
-        Slots a layer, in the order of `sites`.
+        need: Says what the model takes; called for `"auto"` only.
+        budget_gb: Memory to take, in units of 10⁹ bytes, see `budget.within`; None for no budget.
+        whole: Cache and prefill are in the budget too.
 
     Raises:
-        CapacityError: If it is no such value, or smaller than a layer's top-k or larger than its
-            number of experts.
+        CapacityError: If it is no such value, smaller than a layer's top-k or larger than its
+            number of experts, names other layers than the model's, or both a capacity and a
+            budget were given.
     """
-    if isinstance(capacity, bool) or not isinstance(capacity, int | float | str):
+    if isinstance(capacity, bool) or not isinstance(
+        capacity, int | float | str | Sequence | Mapping
+    ):
         raise CapacityError(
-            f"capacity must be an int (experts a layer), a float (a share) or 'auto', "
-            f"got {capacity!r}."
+            "capacity must be an int (experts a layer), a float (a share), 'auto', or an int for "
+            f"each layer, got {capacity!r}."
+        )
+    if budget_gb is not None and capacity != "auto":
+        raise CapacityError(
+            f"capacity={capacity!r} and budget_gb={budget_gb!r} were both given, and each settles "
+            "how many experts to hold. Give one of them."
         )
     if isinstance(capacity, str):
         if capacity != "auto":
             raise CapacityError(f"capacity must be an int, a float or 'auto', got {capacity!r}.")
-        return _automatic(sites, trunk_bytes, expert_bytes)
+        return _from_memory(sites, need(), budget_gb, whole)
     if isinstance(capacity, float):
         if not 0 < capacity <= 1:
             raise CapacityError(
                 f"A capacity given as a float is a share between 0 and 1, got {capacity}. "
                 "Give an int to count experts."
             )
-        return [_checked(math.floor(capacity * s.experts + 0.5), s, capacity) for s in sites]
-    return [_checked(capacity, site, capacity) for site in sites]
+        return Settled(
+            [_checked(math.floor(capacity * s.experts + 0.5), s, capacity) for s in sites]
+        )
+    if isinstance(capacity, int):
+        return Settled([_checked(capacity, site, capacity) for site in sites])
+    return Settled(_by_layer(capacity, sites))
 
 
-def available_memory() -> Memory:
-    """Returns the memory that a model could have on this machine now."""
-    import psutil
+def require_fit(budget: Budget, sites: Sequence[SwitchSite]) -> None:
+    """Raises unless a token's experts fit in every layer.
 
-    free = Memory(psutil.virtual_memory().available, "available memory")
-    limit = _cgroup_free()
-    if limit is not None and limit < free.nbytes:
-        free = Memory(limit, "memory left in this control group")
-    if sys.platform == "darwin":
-        import mlx.core as mx
+    Raises:
+        CapacityError: With the sum.
+    """
+    if all(budget.capacities):
+        return
+    top_k = max(site.top_k for site in sites)
+    raise CapacityError(
+        f"There is too little memory for this model: a token needs {top_k} experts a layer at "
+        f"once, and with these {size(-budget.left)} are missing ({budget.memory.source}: "
+        f"{size(budget.memory.nbytes)}). Close other programs, allow more, ask for a shorter "
+        f"context, or take a smaller model.\n{budget!r}"
+    )
 
-        working_set = int(mx.device_info().get("max_recommended_working_set_size", 0) * METAL_SHARE)
-        if 0 < working_set < free.nbytes:
-            free = Memory(working_set, f"{METAL_SHARE:.0%} of Metal's recommended working set")
-    return free
+
+def _from_memory(
+    sites: Sequence[SwitchSite], need: Need, budget_gb: float | None, whole: bool
+) -> Settled:
+    if budget_gb is None:
+        budget = automatic(available_memory(), sites, need)
+    else:
+        budget = within(budget_gb, sites, need, whole=whole)
+    require_fit(budget, sites)
+    return Settled(list(budget.capacities), budget)
 
 
-def _checked(slots: int, site: SwitchSite, asked: Capacity) -> int:
+def _by_layer(
+    capacity: Sequence[Any] | Mapping[Any, Any], sites: Sequence[SwitchSite]
+) -> list[int]:
+    layers = [site.layer for site in sites]
+    if isinstance(capacity, Mapping):
+        unknown = [key for key in capacity if key not in layers]
+        missing = [layer for layer in layers if layer not in capacity]
+        if unknown or missing:
+            raise CapacityError(
+                f"capacity names layers {_some(unknown)} that have no routed experts and leaves "
+                f"out {_some(missing)}: it must give a number for each of the MoE layers "
+                f"{_some(layers)}, got {capacity!r}."
+            )
+        values = [capacity[layer] for layer in layers]
+    else:
+        if len(capacity) != len(layers):
+            raise CapacityError(
+                f"capacity has {len(capacity)} numbers and the model has {len(layers)} MoE "
+                f"layers ({_some(layers)}), got {capacity!r}."
+            )
+        values = list(capacity)
+    for layer, value in zip(layers, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CapacityError(
+                f"capacity for layer {layer} must be an int that counts experts, got {value!r}."
+            )
+    return [_checked(value, site, value) for value, site in zip(values, sites, strict=True)]
+
+
+def _checked(slots: int, site: SwitchSite, asked: Any) -> int:
     if not site.top_k <= slots <= site.experts:
         raise CapacityError(
             f"capacity {asked!r} is {slots} experts in layer {site.layer}, and it must be between "
@@ -93,28 +151,6 @@ def _checked(slots: int, site: SwitchSite, asked: Capacity) -> int:
     return slots
 
 
-def _automatic(sites: Sequence[SwitchSite], trunk_bytes: int, expert_bytes: int) -> list[int]:
-    memory = available_memory()
-    budget = int(memory.nbytes * (1 - MARGIN)) - trunk_bytes
-    slots = budget // max(expert_bytes, 1)
-    if slots < max(site.top_k for site in sites):
-        raise CapacityError(
-            f"There is too little memory for this model: {memory.nbytes / 1e9:.1f} GB "
-            f"({memory.source}), of which {MARGIN:.0%} is left free and {trunk_bytes / 1e9:.1f} GB "
-            f"go to the trunk, hold {max(slots, 0)} experts a layer, and a token needs "
-            f"{max(site.top_k for site in sites)}. Close other programs or take a smaller model."
-        )
-    return [max(site.top_k, min(slots, site.experts)) for site in sites]
-
-
-def _cgroup_free() -> int | None:
-    """Returns the bytes left under this process's memory limit, or None where there is none."""
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max") as limit,
-            open("/sys/fs/cgroup/memory.current") as current,
-        ):
-            text = limit.read().strip()
-            return None if text == "max" else int(text) - int(current.read())
-    except (OSError, ValueError):
-        return None
+def _some(values: Sequence[Any]) -> str:
+    listed = [str(value) for value in values]
+    return ", ".join(listed if len(listed) <= 8 else [*listed[:4], "…", *listed[-2:]]) or "none"

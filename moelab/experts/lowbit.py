@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import MissActionError
+from ..families import SwitchSite
 from .bank import LayerBank
 from .residency import Load
 
@@ -54,19 +55,15 @@ def low_bit_copies(layer: LayerBank, bits: int) -> nn.Module:
     return switch
 
 
-def low_bit_bytes(layer: LayerBank, bits: int) -> int:
-    """Returns the bytes that `low_bit_copies` will take."""
+def low_bit_bytes(site: SwitchSite, bits: int) -> int:
+    """Returns the bytes that `low_bit_copies` will take; nothing is evaluated."""
     total = 0
-    for projection in layer.site.projections.values():
+    for projection in site.projections.values():
         rows, width = projection.output_dims, projection.input_dims
-        item = _float_type(projection).size
-        total += rows * (width * bits // 8 + 2 * item * width // GROUP)
-        total += projection["bias"].nbytes // layer.experts if "bias" in projection else 0
-    return total * layer.experts
-
-
-def _float_type(projection: nn.Module) -> mx.Dtype:
-    return _plain(projection, 1).dtype
+        item = _plain(projection, 1).dtype.size
+        total += site.experts * rows * (width * bits // 8 + 2 * item * width // GROUP)
+        total += projection["bias"].nbytes if "bias" in projection else 0
+    return total
 
 
 def _quantised(projection: nn.Module, count: int, bits: int) -> dict[str, mx.array]:
