@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .discovery import discover
     from .errors import (
         AttachedError,
         CapacityError,
@@ -16,10 +17,16 @@ if TYPE_CHECKING:
         ClosedError,
         MoelabError,
         NotYetError,
+        PinsError,
+        ProfileError,
     )
+    from .experts.pins import Pins
+    from .experts.profile import Profile
+    from .experts.profile_file import read_profile
     from .lab import Lab
     from .loading import load
     from .oneshot import Session, generate, release, stream_generate
+    from .profiling import profile
     from .routing.recording import Recording, read_recording
 
 __version__ = "0.1.0"
@@ -31,6 +38,13 @@ _HOME = {
     "ClosedError": "errors",
     "MoelabError": "errors",
     "NotYetError": "errors",
+    "PinsError": "errors",
+    "ProfileError": "errors",
+    "discover": "discovery",
+    "Pins": "experts.pins",
+    "Profile": "experts.profile",
+    "read_profile": "experts.profile_file",
+    "profile": "profiling",
     "Lab": "lab",
     "load": "loading",
     "Session": "oneshot",
@@ -49,10 +63,17 @@ __all__ = [
     "Lab",
     "MoelabError",
     "NotYetError",
+    "Pins",
+    "PinsError",
+    "Profile",
+    "ProfileError",
     "Recording",
     "Session",
+    "discover",
     "generate",
     "load",
+    "profile",
+    "read_profile",
     "read_recording",
     "release",
     "stream_generate",

@@ -20,6 +20,14 @@ class CapacityError(MoelabError, ValueError):
     """A capacity that the model does not allow."""
 
 
+class ProfileError(MoelabError, ValueError):
+    """A profile that is damaged, cannot be made or written, or is of another model."""
+
+
+class PinsError(MoelabError, ValueError):
+    """Pins that the model or its capacity does not allow."""
+
+
 class NotYetError(MoelabError, NotImplementedError):
     """An option that is part of the interface and not built yet. It is refused, never ignored."""
 
