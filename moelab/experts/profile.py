@@ -231,14 +231,14 @@ class Profile:
         lacking = [layer for layer in self.layers if layer not in known]
         if lacking:
             raise ProfileError(
-                f"This profile of {self.model} has layers {_some(lacking)}, and the model's MoE "
-                f"layers are {_some(sorted(known))}. It is a profile of another model."
+                f"This profile of {self.model} counts experts of layer {_some(lacking)}, and the "
+                f"model's MoE layers are {_some(sorted(known))}. It is of another model."
             )
         for layer, experts in self.experts.items():
             if experts > known[layer]:
                 raise ProfileError(
                     f"This profile of {self.model} has {experts} experts in layer {layer}, and the "
-                    f"model has {known[layer]}. It is a profile of another model."
+                    f"model has {known[layer]}. It is of another model."
                 )
         if self.fingerprint is None:
             import warnings

@@ -121,7 +121,7 @@ def _as_json(profile: Profile) -> dict[str, Any]:
         "num_experts": max(profile.experts.values()),
         "moe_layers": len(profile.layers),
         "prompt_preset": profile.provenance.get("prompts"),
-        "mix": profile.domains or None,
+        "mix": profile.domains or profile.provenance.get("mix"),
         "layers": layers,
     }
     if profile.fingerprint is None:
@@ -248,10 +248,11 @@ def _activations(top: Mapping[str, Any], num_prompts: int) -> dict[int, dict[int
 
 
 def _sizes(top: Mapping[str, Any], counted: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
-    """Experts of each layer: as the file says, else as many as it has ids for."""
+    """Experts of each layer: as the file says, else up to the highest id."""
     said = top.get("num_experts")
     if said is None:
-        return {layer: max(counts, default=0) + 1 for layer, counts in counted.items()}
+        highest = max((expert for counts in counted.values() for expert in counts), default=0)
+        return dict.fromkeys(counted, highest + 1)
     return dict.fromkeys(counted, _count(said, "num_experts", least=1, most=MOST))
 
 

@@ -68,13 +68,15 @@ class Tally:
         """
         keys = ["run", "sequence", "step", "position"]
         seen = tokens.loc[tokens["phase"].isin(list(lengths)), [*keys, "phase"]].copy()
+        if not len(seen):
+            return
         seen["whole"] = _stretches(seen, ["run", "sequence"], whole)
         for phase, length in lengths.items():
             at = seen["phase"] == phase
             seen.loc[at, "part"] = _stretches(seen[at], ["run", "sequence"], length)
         slots = routing[[*keys, "layer", "expert", "weight"]].merge(seen, on=keys)
         place = self.place(slots["layer"].to_numpy(), slots["expert"].to_numpy())
-        self._prompts += int(seen["whole"].max() + 1) if len(seen) else 0
+        self._prompts += int(seen["whole"].max()) + 1
         self._active += _distinct(slots["whole"].to_numpy(), place, self._width)
         for phase in lengths:
             of_phase, tokens_of = slots["phase"] == phase, seen["phase"] == phase
