@@ -41,7 +41,8 @@ def discover(
         A profile whose `predicted` is true. It serves for pins and first contents as any other.
 
     Raises:
-        ProfileError: If there is no text of that length, or the lab is being recorded.
+        ProfileError: If there is no text of that length, the lab is being recorded, or its
+            routers are not left alone (`on_miss="reroute"`).
         ClosedError: If the lab was closed.
     """
     if lab.sessions:
@@ -49,8 +50,13 @@ def discover(
             "The lab is being recorded, and a router-only pass would stand among what is. "
             "Call discover outside of lab.record()."
         )
-    with lab.record():  # refuses a closed lab
+    with lab.record() as empty:  # refuses a closed lab, and knows how misses are treated
         pass
+    if empty.run["on_miss"] == "reroute":
+        raise ProfileError(
+            "With on_miss='reroute' the routers prefer experts that are resident. Discover with "
+            "another miss action; what is loaded makes no difference then."
+        )
     texts, called = texts_of(prompts)
     cut = windows(lab.tokenizer, texts, tokens)
     tally = Tally([s.layer for s in lab.sites], [s.experts for s in lab.sites])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import moelab
 from moelab import Pins
 from moelab.errors import PinsError, ProfileError
-from moelab.experts.pins import check_room, resolve_pins, room
+from moelab.experts.pins import check_room, resolve_pins, room, with_profile
 from moelab.experts.profile import Profile, Use
 
 MODEL = "0123456789abcdef"
@@ -74,6 +74,18 @@ def test_from_a_profile(tmp_path: Path) -> None:
     assert resolved(Pins(PROFILE, share=0.7)) == {0: {0, 4}, 2: {2, 3, 4, 5}}
     assert resolved(Pins(PROFILE, top=2)) == {0: {4, 1}, 2: {2, 5}}, "by slots, not by prompts"
     assert resolved(Pins(PROFILE, top=0)) == {0: set(), 2: set()}
+
+
+def test_the_profile_of_pins_is_read_once(tmp_path: Path) -> None:
+    path = PROFILE.save(tmp_path / "p.json")
+    for spec in (path, str(path), PROFILE, Pins(path, top=2)):
+        read = with_profile(spec)
+        assert isinstance(read, Pins) and isinstance(read.profile, Profile)
+        assert read.profile.orders() == PROFILE.orders() == {
+            0: [4, 1, 0, 2, 5, 3, 6, 7], 2: [2, 5, 4, 3, 1, 0, 7, 6]
+        }  # fmt: skip
+        assert (read.share, read.top) == ((None, 2) if isinstance(spec, Pins) else (0.5, None))
+    assert with_profile(None) is None and with_profile([1]) == [1]
 
 
 def test_those_that_fit() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,30 @@ def resolve_pins(
             too many.
         ProfileError: If the profile is damaged or another model's.
     """
+    spec = with_profile(spec)
     if spec is None:
         return {site.layer: frozenset() for site in sites}
-    if isinstance(spec, str | Path | Profile):
-        spec = Pins(spec, share=THRESHOLD)
     if isinstance(spec, Pins):
         return _from_profile(spec, sites, capacities, fingerprint)
     pins = _by_hand(spec, sites)
     check_room(pins, sites, capacities)
     return pins
+
+
+def with_profile(spec: PinsLike) -> PinsLike:
+    """Returns pins whose profile is read, so that its order is to be had as well.
+
+    A profile, or the path of one, becomes `Pins` whose `profile` is a `Profile`, and so does `Pins`
+    over a path; pins by hand stay as they are.
+
+    Raises:
+        ProfileError: If the profile cannot be read.
+    """
+    if isinstance(spec, str | Path | Profile):
+        spec = Pins(spec, share=THRESHOLD)
+    if isinstance(spec, Pins) and not isinstance(spec.profile, Profile):
+        return replace(spec, profile=read_profile(spec.profile))
+    return spec
 
 
 def check_room(
@@ -104,7 +119,8 @@ def room(site: Layer, capacity: int) -> int:
 def _from_profile(
     spec: Pins, sites: Sequence[Layer], capacities: Sequence[int], fingerprint: str
 ) -> dict[int, frozenset[int]]:
-    profile = spec.profile if isinstance(spec.profile, Profile) else read_profile(spec.profile)
+    profile = spec.profile
+    assert isinstance(profile, Profile)
     profile.check(fingerprint, sites)
     pins: dict[int, frozenset[int]] = {}
     for site, capacity in zip(sites, capacities, strict=True):

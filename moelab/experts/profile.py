@@ -208,6 +208,10 @@ class Profile:
         keys = np.arange(len(prompts)), -prompts, -(prompts if counts is None else counts)
         return np.lexsort(keys).tolist()
 
+    def orders(self) -> dict[int, list[int]]:
+        """Returns `order` of every layer: what an empty bank is filled with first."""
+        return {layer: self.order(layer) for layer in self.layers}
+
     def check(self, fingerprint: str, sites: Iterable[Layer]) -> None:
         """Raises unless this is a profile of that model.
 
