@@ -538,6 +538,34 @@ def test_command(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is a folder" in capsys.readouterr().err, "before anything is loaded"
 
 
+def test_an_interrupted_profile_writes_nothing(
+    prompts_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, calls = tmp_path / "p.json", [0]
+    own = Tally.add
+
+    def interrupted(self: Tally, *args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        own(self, *args)
+
+    monkeypatch.setattr(Tally, "add", interrupted)
+    path = stock.folder("olmoe")
+    with moelab.load(path, 4) as lab:
+        with pytest.raises(KeyboardInterrupt):
+            moelab.profile(lab, TEXTS, tokens=TOKENS, progress=False)
+        assert lab.sessions == [] and calls == [3]
+        calls[0] = 0
+    command = ["profile", str(path), "--prompts", str(prompts_file), "--out", str(out)]
+    assert cli.main([*command, "--tokens", "7", "--capacity", "4"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
 def test_the_shipped_profile_is_the_shipped_model_s() -> None:
     profile = moelab.read_profile(Path(__file__).parent.parent / "profiles" / "lab.json")
     texts = labmodel.texts("math", "calibration")[:2]
