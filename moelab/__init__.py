@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .discovery import discover
     from .errors import (
         AttachedError,
         CapacityError,
@@ -17,21 +18,28 @@ if TYPE_CHECKING:
         MissActionError,
         MoelabError,
         NotYetError,
+        PinsError,
         PolicyError,
+        ProfileError,
         ReplayError,
     )
+    from .experts.pins import Pins
     from .experts.policies import policies
+    from .experts.profile import Profile
+    from .experts.profile_file import read_profile
     from .experts.spread import spread_capacity
     from .lab import Lab
     from .loading import load
     from .oneshot import Session, generate, release, stream_generate
     from .planning import Plan, plan
+    from .profiling import profile
     from .routing.recording import Recording, read_recording
     from .routing.replay import Replay, replay
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "discover": "discovery",
     "AttachedError": "errors",
     "CapacityError": "errors",
     "CheckpointError": "errors",
@@ -39,8 +47,14 @@ _HOME = {
     "MissActionError": "errors",
     "MoelabError": "errors",
     "NotYetError": "errors",
+    "PinsError": "errors",
     "PolicyError": "errors",
+    "ProfileError": "errors",
     "ReplayError": "errors",
+    "Pins": "experts.pins",
+    "policies": "experts.policies",
+    "Profile": "experts.profile",
+    "read_profile": "experts.profile_file",
     "spread_capacity": "experts.spread",
     "Lab": "lab",
     "load": "loading",
@@ -50,9 +64,9 @@ _HOME = {
     "stream_generate": "oneshot",
     "Plan": "planning",
     "plan": "planning",
+    "profile": "profiling",
     "Recording": "routing.recording",
     "read_recording": "routing.recording",
-    "policies": "experts.policies",
     "Replay": "routing.replay",
     "replay": "routing.replay",
 }
@@ -66,16 +80,23 @@ __all__ = [
     "MissActionError",
     "MoelabError",
     "NotYetError",
+    "Pins",
+    "PinsError",
     "Plan",
     "PolicyError",
+    "Profile",
+    "ProfileError",
     "Recording",
     "Replay",
     "ReplayError",
     "Session",
+    "discover",
     "generate",
     "load",
     "plan",
     "policies",
+    "profile",
+    "read_profile",
     "read_recording",
     "release",
     "replay",

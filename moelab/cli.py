@@ -78,6 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default="moelab-check", help="folder for the report (%(default)s)")
     one.set_defaults(command=_check)
 
+    one = commands.add_parser("profile", help="count which experts a model uses on your prompts")
+    _model(one)
+    one.add_argument(
+        "--prompts", default=None, metavar="FILE",
+        help=".jsonl with 'text' and 'domain', or text with blank lines between prompts (default: "
+        "the calibration texts that ship with moelab)",
+    )  # fmt: skip
+    one.add_argument("--out", default="profile.json", help="the profile (%(default)s)")
+    one.add_argument("--tokens", type=int, default=64, help="tokens a prompt (%(default)s)")
+    one.add_argument(
+        "--decode-tokens", type=int, default=0, help="to generate after each (%(default)s)"
+    )
+    one.add_argument(
+        "--capacity", type=capacity, default="auto", help="experts a layer (%(default)s)"
+    )
+    one.set_defaults(command=_profile)
+
     one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
     kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     two = kinds.add_parser("decode", help="decoding at several capacities, against stock")
@@ -127,6 +144,23 @@ def _check(arguments: argparse.Namespace) -> int:
     report.save(Path(arguments.out))
     print(report.page())
     print(f"\nThis page and check.json, the file to send: {arguments.out}/")
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from .experts.profile_file import writable
+    from .profiling import profile
+
+    out = writable(arguments.out)  # before the work, not after it
+    made = profile(
+        arguments.model,
+        arguments.prompts,
+        tokens=arguments.tokens,
+        decode_tokens=arguments.decode_tokens,
+        capacity=arguments.capacity,
+    )
+    print(made)
+    print(f"\nWritten to {made.save(out)}")
     return 0
 
 

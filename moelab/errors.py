@@ -32,6 +32,14 @@ class ReplayError(MoelabError, ValueError):
     """A routing frame that cannot be replayed."""
 
 
+class ProfileError(MoelabError, ValueError):
+    """A profile that is damaged, cannot be made or written, or is of another model."""
+
+
+class PinsError(MoelabError, ValueError):
+    """Pins that the model or its capacity does not allow."""
+
+
 class NotYetError(MoelabError, NotImplementedError):
     """An option that is part of the interface and not built yet. It is refused, never ignored."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .checkpoint.fingerprint import fingerprint
 from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
@@ -18,7 +19,9 @@ from .experts.budget import needs
 from .experts.capacity import Capacity, resolve_capacity
 from .experts.lowbit import low_bit_bytes
 from .experts.misses import LowBit, MissAction, checked_budget, resolve_action
+from .experts.pins import Pins, PinsLike, resolve_pins, with_profile
 from .experts.policies import Policy, PolicyMaker, make_policy
+from .experts.profile import Profile
 from .families import SwitchSite, find_switches
 from .lab import Lab
 
@@ -29,7 +32,7 @@ def load(
     *,
     policy: str | Policy | PolicyMaker = "lru",
     on_miss: str | MissAction = "load",
-    pins: Mapping[int, Iterable[int]] | None = None,
+    pins: PinsLike = None,
     swap_budget: int | None = None,
     budget_gb: float | None = None,
     context: int | None = None,
@@ -49,7 +52,9 @@ def load(
             an object of your own.
         on_miss: What happens when a chosen expert is not resident: `"load"` reads it and is exact;
             see `Lab.set_on_miss` for the approximations.
-        pins: Experts that never leave, by layer.
+        pins: Experts that never leave: a mapping from layer to ids, one list for all layers, or
+            `moelab.Pins(profile, top=8)` or `Pins(profile, share=0.5)`. With a profile, its order
+            also decides what fills a bank that begins full.
         swap_budget: For an approximation: experts a layer that may enter after a step. None for
             the layer's top-k.
         budget_gb: Memory to take instead, in units of 10⁹ bytes. It counts what `lab.memory()`
@@ -113,10 +118,22 @@ def load(
         origins_of(site, trace, spans) if part else {}
         for site, part in zip(sites, partial, strict=True)
     ]
-    pinned = {layer: frozenset(experts) for layer, experts in (pins or {}).items()}
+    spec = with_profile(pins)
+    orders = None
+    name = ""  # not asked for unless there is a profile
+    if isinstance(spec, Pins) and isinstance(spec.profile, Profile):
+        orders, name = spec.profile.orders(), fingerprint(folder, spans)
+    pinned = resolve_pins(spec, sites, capacities, fingerprint=name)
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     attachment = Attachment(
-        model, sites, capacities, origins, maker, pins=pinned, widen=dtype == "float32"
+        model,
+        sites,
+        capacities,
+        origins,
+        maker,
+        pins=pinned,
+        orders=orders,
+        widen=dtype == "float32",
     )
     try:
         if dtype == "float32":

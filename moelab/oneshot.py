@@ -7,13 +7,14 @@ models by accident; `release` frees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ClosedError, NotYetError
+from .errors import ClosedError, NotYetError, PinsError
 from .experts.capacity import Capacity
 from .experts.misses import MissAction
+from .experts.pins import Pins, PinsLike
 from .experts.policies import Policy, PolicyMaker
 from .prompting import Prompt, Template
 
@@ -35,7 +36,7 @@ def generate(
     capacity: Capacity = "auto",
     policy: str | Policy | PolicyMaker = "lru",
     on_miss: str | MissAction = "load",
-    pins: Mapping[int, Iterable[int]] | None = None,
+    pins: PinsLike = None,
     swap_budget: int | None = None,
     profile_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -55,7 +56,8 @@ def generate(
         on_miss: What happens when a chosen expert is not resident; `"load"` is exact.
         pins: Experts that never leave.
         swap_budget: For a lossy `on_miss`: experts a layer that may enter after a step.
-        profile_path: Not built yet; raises.
+        profile_path: A profile, of moelab's or mlx-moe's making: pins what it found in at least
+            half of its prompts, the most used first where not all fit. In place of `pins`.
         cache_dir: Not built yet; raises.
         kv_bits: Bits of the key-value cache: 8, 4 or None.
         template: `"auto"` takes text as a chat turn where the tokenizer has a template; False
@@ -82,7 +84,7 @@ def stream_generate(
     capacity: Capacity = "auto",
     policy: str | Policy | PolicyMaker = "lru",
     on_miss: str | MissAction = "load",
-    pins: Mapping[int, Iterable[int]] | None = None,
+    pins: PinsLike = None,
     swap_budget: int | None = None,
     profile_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -96,9 +98,9 @@ def stream_generate(
     Yields:
         mlx-lm's `GenerationResponse`.
     """
-    _refuse_unbuilt(profile_path=profile_path, cache_dir=cache_dir)
+    _refuse_unbuilt(cache_dir=cache_dir)
     lab = _lab(
-        model, capacity=capacity, policy=policy, on_miss=on_miss, pins=pins,
+        model, capacity=capacity, policy=policy, on_miss=on_miss, pins=_pins(pins, profile_path),
         swap_budget=swap_budget, dtype=dtype,
     )  # fmt: skip
     return lab.stream(prompt, max_tokens, kv_bits=kv_bits, template=template, **options)
@@ -123,7 +125,8 @@ class Session:
         pins: Experts that never leave.
         swap_budget: For a lossy `on_miss`: experts a layer that may enter after a step.
         system: A system message.
-        profile_path: Not built yet; raises.
+        profile_path: A profile, of moelab's or mlx-moe's making: pins what it found in at least
+            half of its prompts, the most used first where not all fit. In place of `pins`.
         cache_dir: Not built yet; raises.
         kv_bits: Bits of the key-value cache: 8, 4 or None.
         dtype: See `moelab.load`.
@@ -141,7 +144,7 @@ class Session:
         capacity: Capacity = "auto",
         policy: str | Policy | PolicyMaker = "lru",
         on_miss: str | MissAction = "load",
-        pins: Mapping[int, Iterable[int]] | None = None,
+        pins: PinsLike = None,
         swap_budget: int | None = None,
         system: str | None = None,
         profile_path: str | Path | None = None,
@@ -152,10 +155,10 @@ class Session:
     ) -> None:
         from .loading import load
 
-        _refuse_unbuilt(profile_path=profile_path, cache_dir=cache_dir)
+        _refuse_unbuilt(cache_dir=cache_dir)
         self.lab = load(
-            model, capacity, policy=policy, on_miss=on_miss, pins=pins, swap_budget=swap_budget,
-            dtype=dtype,
+            model, capacity, policy=policy, on_miss=on_miss, pins=_pins(pins, profile_path),
+            swap_budget=swap_budget, dtype=dtype,
         )  # fmt: skip
         try:
             self.chat = self.lab.chat(system=system, kv_bits=kv_bits, **options)
@@ -206,6 +209,14 @@ def _lab(model: str | Path, **settings: Any) -> Lab:
     if _kept is None:
         _kept = (key, load(model, **settings))
     return _kept[1]
+
+
+def _pins(pins: PinsLike, profile_path: str | Path | None) -> PinsLike:
+    if profile_path is None:
+        return pins
+    if pins is not None:
+        raise PinsError("Give pins or profile_path, not both: each says what to pin.")
+    return Pins(profile_path, share=0.5, fit=True)
 
 
 def _refuse_unbuilt(**options: Any) -> None:

@@ -123,7 +123,7 @@ def test_a_generation_stops_when_its_model_is_closed() -> None:
         list(running)
 
 
-@pytest.mark.parametrize("option", ["profile_path", "cache_dir"])
+@pytest.mark.parametrize("option", ["cache_dir"])
 def test_what_is_not_built_yet_is_refused(option: str, loads: list[Lab]) -> None:
     """Before anything is loaded, by all three entrances, and at the call."""
     given: dict[str, Any] = {option: "somewhere"}
