@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default="moelab-check", help="folder for the report (%(default)s)")
     one.set_defaults(command=_check)
 
+    one = commands.add_parser("families", help="try every mlx-lm family that has experts")
+    one.add_argument("--only", default=None, help="names, with commas between them")
+    one.add_argument("--out", default=None, help="folder for families.md")
+    one.set_defaults(command=_families)
+
     one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
     kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     two = kinds.add_parser("decode", help="decoding at several capacities, against stock")
@@ -107,6 +112,19 @@ def _check(arguments: argparse.Namespace) -> int:
     print(report.page())
     print(f"\nThis page and check.json, the file to send: {arguments.out}/")
     return 0
+
+
+def _families(arguments: argparse.Namespace) -> int:
+    from .check.families.table import family_table
+
+    only = arguments.only
+    table = family_table(
+        None if only is None else [n.strip() for n in only.split(",") if n.strip()]
+    )
+    print(table.page(), end="")
+    if arguments.out is not None:
+        table.save(Path(arguments.out))
+    return 1 if table.failed else 0
 
 
 def _bench_decode(arguments: argparse.Namespace) -> int:
