@@ -9,7 +9,6 @@ value for each layer, …), so it is read off the shapes of one traced forward p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
@@ -70,15 +69,27 @@ def find_switches(model: nn.Module, model_type: str) -> list[SwitchSite]:
 
     modules = dict(model.named_modules())
     found = {p: m for p, m in modules.items() if isinstance(m, SwitchGLU | SwitchMLP)}
+    if not found and any("experts" in path.split(".") for path in modules):
+        raise CheckpointError(
+            f"This {model_type} model keeps each expert as a module of its own and calls one after "
+            "another (no SwitchGLU or SwitchMLP), so that there is no place for moelab to stand. "
+            "Run it with mlx_lm instead."
+        )
     if not found:
         raise CheckpointError(
             f"This {model_type} model has no routed experts (no SwitchGLU or SwitchMLP): it is "
             "dense, and all of it is needed for every token. Run it with mlx_lm instead."
         )
     paths = sorted(found, key=_natural)
-    top_k = _trace_top_k(model, {path: _parent(modules, path) for path in paths})
-    layers = [int(m.group(1)) if (m := re.search(r"layers\.(\d+)\.", p)) else i
-              for i, p in enumerate(paths)]  # fmt: skip
+    try:
+        top_k = _trace_top_k(model, {path: _parent(modules, path) for path in paths})
+    except RuntimeError as error:  # such as that of a kernel that there is for another device only
+        raise CheckpointError(
+            f"mlx-lm cannot run this {model_type} model on this machine: {error}"
+        ) from error
+    # `model.layers.3.mlp.switch_mlp`, `transformer.h.3.moe.switch_mlp`
+    layers = [next((int(part) for part in path.split(".") if part.isdigit()), i)
+              for i, path in enumerate(paths)]  # fmt: skip
     if len(set(layers)) != len(layers):
         raise CheckpointError(
             f"This {model_type} model has two switches in one layer ({', '.join(paths[:4])} …), "

@@ -1,4 +1,4 @@
-"""A tiny configuration of every mlx-lm family that can have routed experts.
+"""A tiny configuration of every mlx-lm family that can have experts.
 
 Each is the smallest model that still does what the family does: groups of experts where it has
 groups, dense layers among those with experts, sliding windows, recurrent layers, latent widths.
@@ -264,6 +264,15 @@ CONFIGS: dict[str, Config] = {
         "moe_shared_expert_intermediate_size": 64,
         "layer_group_size": 2,
         "head_dim": 32,
+    },
+    "dbrx": {
+        "vocab_size": VOCAB,
+        "d_model": 64,
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "n_layers": 2,
+        "n_heads": 4,
+        "eos_token_id": 2,
     },
     "deepseek": {**_DEEPSEEK, "attention_bias": False},
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "group_limited_greedy", "rope_scaling": _YARN},

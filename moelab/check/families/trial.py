@@ -79,21 +79,36 @@ def try_family(family: str, folder: Path) -> Trial:
         What was found; a failure is noted in it and not raised.
     """
     trial = Trial(family)
-    if family in NO_SWITCH:
-        trial.notes.append(NO_SWITCH[family])
-    elif family not in CONFIGS:
+    if family not in CONFIGS:
         trial.fail(
-            "no tiny configuration: add one to moelab/check/families/configs.py, or say in "
-            "trial.py why the family cannot work"
+            "no tiny configuration: add one to moelab/check/families/configs.py, or, if moelab "
+            "cannot run it, say why in trial.py as well"
         )
-    elif family in NEEDS_METAL and not mx.metal.is_available():
-        trial.notes.append(NEEDS_METAL[family])
-    else:
-        try:
+        return trial
+    impossible = NO_SWITCH.get(family)
+    if not mx.metal.is_available():
+        impossible = impossible or NEEDS_METAL.get(family)
+    try:
+        if impossible is None:
             _try(trial, folder)
-        except Exception as error:  # whatever a family does, the table goes on
-            trial.fail(str(error) if isinstance(error, _Broken) else f"{error!r}")
+        else:
+            _be_refused(trial, folder, impossible)
+    except Exception as error:  # whatever a family does, the table goes on
+        trial.fail(str(error) if isinstance(error, _Broken) else f"{error!r}")
     return trial
+
+
+def _be_refused(trial: Trial, folder: Path, why: str) -> None:
+    """Makes sure that what is listed as impossible is refused, and not half done."""
+    from ...loading import load
+
+    build(folder, config_of(trial.family))
+    try:
+        load(folder, 0.5).close()
+    except CheckpointError:
+        trial.notes.append(why)
+    else:
+        raise _Broken(f"moelab loads it, although it is listed as impossible: {why}")
 
 
 def _try(trial: Trial, folder: Path) -> None:
@@ -196,6 +211,9 @@ def _check_proof(recording: Any, capacities: dict[int, int]) -> None:
     # The sweep has filled every slot, so that each of these made another expert leave.
     if routing.loc[routing["phase"] == "decode", "hit"].all():
         raise _Broken("nothing was missing in decoding: no expert had to leave")
+    runs = [rows.tolist() for _, rows in recording.tokens.groupby("run")["position"]]
+    if runs != [list(range(length + decoded)) for length, decoded in RUNS]:
+        raise _Broken("recorded positions are not those of the tokens")
 
 
 def _compare_weights(recording: Any, oracle: dict[int, np.ndarray]) -> None:
