@@ -578,6 +578,7 @@ CONFIGS: dict[str, Config] = {
     },
     "muse_spark": {
         "eos_token_id": 2,
+        "audio_config": {"out_hidden_size": 64},  # transformers, for the tokenizer, insists
         "text_config": {
             **COMMON,
             "head_dim": 32,

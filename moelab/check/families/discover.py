@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 
 PACKAGE = "mlx_lm.models"
+SWITCHES = "switch_layers"
+"""Where mlx-lm keeps its switches."""
 _SIGNS = re.compile(r"\bSwitch(GLU|MLP|Linear)\b|experts|moe", re.IGNORECASE)
 
 
@@ -37,11 +39,10 @@ def families(folder: Path | None = None) -> list[str]:
     texts = {name: path.read_text(encoding="utf-8") for name, path in sources.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}
     imports = {name: _imports(tree) & texts.keys() for name, tree in trees.items()}
-    # The switches' own file is imported for other things as well, and so are bases and caches:
-    # only what has a model speaks for itself, and for those that build on it.
-    models = {name for name, tree in trees.items() if "Model" in _names(tree)}
-    marked = {name for name in models if _SIGNS.search(texts[name])}
-    return sorted(name for name in models if _reaches(name, imports, marked, models))
+    models = [name for name, tree in trees.items() if "Model" in _names(tree)]
+    # What imports the switches' own file for something else names no switch.
+    marked = {name for name in texts if name != SWITCHES and _SIGNS.search(texts[name])}
+    return sorted(name for name in models if _reaches(name, imports, marked))
 
 
 def aliases() -> dict[str, list[str]]:
@@ -56,14 +57,14 @@ def aliases() -> dict[str, list[str]]:
     return {module: sorted(types) for module, types in found.items()}
 
 
-def _reaches(name: str, imports: dict[str, set[str]], marked: set[str], models: set[str]) -> bool:
+def _reaches(name: str, imports: dict[str, set[str]], marked: set[str]) -> bool:
     seen, waiting = set(), [name]
     while waiting:
         at = waiting.pop()
         if at in marked:
             return True
         seen.add(at)
-        waiting += (imports[at] & models) - seen
+        waiting += imports[at] - seen
     return False
 
 
