@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default="moelab-check", help="folder for the report (%(default)s)")
     one.set_defaults(command=_check)
 
+    one = commands.add_parser("pack", help="write the experts one after another into a pack file")
+    _model(one)
+    one.add_argument(
+        "--verify", action="store_true", help="read the pack file that is there and check it"
+    )
+    one.set_defaults(command=_pack)
+
     one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
     kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     two = kinds.add_parser("decode", help="decoding at several capacities, against stock")
@@ -106,6 +113,16 @@ def _check(arguments: argparse.Namespace) -> int:
     report.save(Path(arguments.out))
     print(report.page())
     print(f"\nThis page and check.json, the file to send: {arguments.out}/")
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from .checkpoint.pack import pack, verify
+
+    if arguments.verify:
+        print(f"{verify(arguments.model)}: every expert is what was written")
+    else:
+        print(pack(arguments.model))
     return 0
 
 

@@ -49,8 +49,9 @@ class TensorRows:
 
     def place(self, expert: int) -> tuple[Path, int]:
         """Returns the file and offset of an expert's row."""
+        span = self.spans[0]
         if len(self.spans) == 1:
-            return self.spans[0].path, self.spans[0].offset + expert * self.disk_bytes
+            return span.path, span.offset + expert * (span.stride or self.disk_bytes)
         return self.spans[expert].path, self.spans[expert].offset
 
 
@@ -102,7 +103,7 @@ class ExpertLoader:
         self._stacked = [
             (files.fd(t.spans[0].path), t.spans[0].offset, t.disk_bytes, t.slots)
             for t in self._tensors
-            if len(t.spans) == 1 and not t.widen
+            if len(t.spans) == 1 and not t.widen and t.spans[0].stride is None
         ]
         # Decoding spends its time here: where all tensors are stacked, a loop over what is known.
         self._direct = len(self._stacked) == len(self._tensors)
