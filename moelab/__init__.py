@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint.pack import pack
     from .errors import (
         AttachedError,
         CapacityError,
@@ -33,6 +34,7 @@ _HOME = {
     "NotYetError": "errors",
     "Lab": "lab",
     "load": "loading",
+    "pack": "checkpoint.pack",
     "Session": "oneshot",
     "generate": "oneshot",
     "release": "oneshot",
@@ -53,6 +55,7 @@ __all__ = [
     "Session",
     "generate",
     "load",
+    "pack",
     "read_recording",
     "release",
     "stream_generate",

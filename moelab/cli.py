@@ -76,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default=None, help="folder for families.md")
     one.set_defaults(command=_families)
 
+    one = commands.add_parser("pack", help="write the experts one after another into a pack file")
+    _model(one)
+    one.add_argument(
+        "--verify", action="store_true", help="read the pack file that is there and check it"
+    )
+    one.set_defaults(command=_pack)
+
     one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
     kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     two = kinds.add_parser("decode", help="decoding at several capacities, against stock")
@@ -125,6 +132,16 @@ def _families(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         table.save(Path(arguments.out))
     return 1 if table.failed else 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from .checkpoint.pack import pack, verify
+
+    if arguments.verify:
+        print(f"{verify(arguments.model)}: every expert is what was written")
+    else:
+        print(pack(arguments.model))
+    return 0
 
 
 def _bench_decode(arguments: argparse.Namespace) -> int:

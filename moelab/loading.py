@@ -13,9 +13,10 @@ from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
 from .errors import CheckpointError
-from .experts.attach import Attachment, all_parameters, arrays_in, origins_of
+from .experts.attach import Attachment, all_parameters, arrays_in
 from .experts.capacity import Capacity, resolve_capacity
 from .experts.policy import LRU
+from .experts.source import find_origins
 from .families import SwitchSite, find_switches
 from .lab import Lab
 
@@ -25,6 +26,7 @@ def load(
     capacity: Capacity = "auto",
     *,
     dtype: str | None = None,
+    pack: bool | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Lab:
@@ -35,6 +37,9 @@ def load(
         capacity: Experts a layer to hold: an int counts them, a float is a share of them,
             `"auto"` takes what fits in the memory there is.
         dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
+        pack: Whether to read the experts from a pack file (see `moelab.pack`): True makes one if
+            there is none, False reads the checkpoint itself, None takes the file if there is one
+            and makes it only where the checkpoint's experts cannot be read one at a time.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: As in `mlx_lm.load`.
 
@@ -43,7 +48,8 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, its files are damaged, it has no routed
-            experts, or its experts cannot be read one at a time.
+            experts, its experts cannot be read one at a time, or its pack file cannot be used
+            or made.
         CapacityError: If the capacity is under a layer's top-k or over its number of experts.
     """
     from mlx_lm.utils import load_tokenizer
@@ -65,10 +71,14 @@ def load(
         trunk_bytes=growth * sum(a.nbytes for a in trunk),
         expert_bytes=growth * sum(a.nbytes // s.experts for s in sites for _, _, a in s.tensors()),
     )
-    partial = [c < site.experts for c, site in zip(capacities, sites, strict=True)]
+    partial = [site for c, site in zip(capacities, sites, strict=True) if c < site.experts]
+    found = iter(
+        find_origins(
+            folder, partial, trace, spans, packed=pack, trust_remote_code=trust_remote_code
+        )
+    )
     origins = [
-        origins_of(site, trace, spans) if part else {}
-        for site, part in zip(sites, partial, strict=True)
+        next(found) if c < site.experts else {} for c, site in zip(capacities, sites, strict=True)
     ]
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     attachment = Attachment(model, sites, capacities, origins, LRU, widen=dtype == "float32")
