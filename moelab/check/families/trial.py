@@ -13,6 +13,7 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...families import find_switches
+from ...lab import Lab
 from ..exact import compare
 from .build import QUANT, build, prompt
 from .configs import CONFIGS, QUANTS, SEEDS, config_of
@@ -112,6 +113,8 @@ def _be_refused(trial: Trial, folder: Path, why: str) -> None:
 
 
 def _try(trial: Trial, folder: Path) -> None:
+    from ...loading import load
+
     family = trial.family
     build(
         folder,
@@ -136,28 +139,24 @@ def _try(trial: Trial, folder: Path) -> None:
             )
             for site in sites
         }
-    trial.direct = _one_way(trial, folder, False, model, wanted, oracle)
-    if trial.direct == "no":
-        trial.fail("its experts cannot be read from the checkpoint, and there is no pack file")
-
-
-def _one_way(
-    trial: Trial,
-    folder: Path,
-    packed: bool,
-    model: nn.Module,
-    wanted: list[mx.array],
-    oracle: dict[int, np.ndarray],
-) -> Answer:
-    """Loads with half of the experts and compares; returns whether it could be loaded."""
-    from ...loading import load
-
-    assert not packed
     try:
         lab = load(folder, 0.5)
     except CheckpointError as error:
-        trial.notes.append(str(error))
-        return "no"
+        trial.direct = "no"
+        raise _Broken(f"its experts cannot be read from the checkpoint: {error}") from error
+    trial.direct = "yes"
+    _compare(trial, lab, model, wanted, oracle)
+
+
+def _compare(
+    trial: Trial,
+    lab: Lab,
+    model: nn.Module,
+    wanted: list[mx.array],
+    oracle: dict[int, np.ndarray],
+) -> None:
+    """Compares a lab with the stock model, recorded and not, and after it was closed."""
+    trial.exact = "no"  # unless what follows comes to its end
     with lab:
         _equal(logits(lab.model), wanted, "with half of the experts")
         with warnings.catch_warnings(record=True) as said:
@@ -172,12 +171,12 @@ def _one_way(
     if not oracle:
         if recording.routing["weight"].notna().any():
             raise _Broken("weights are recorded, although there are said to be none")
-    else:
-        if said:
-            raise _Broken(str(said[0].message))
-        _compare_weights(recording, oracle)
-        trial.weights = "yes"
-    return "yes"
+        return
+    trial.weights = "no"
+    if said:
+        raise _Broken(str(said[0].message))
+    _compare_weights(recording, oracle)
+    trial.weights = "yes"
 
 
 def logits(model: Any) -> list[mx.array]:
