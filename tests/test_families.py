@@ -21,6 +21,7 @@ from mlx_lm.utils import load_model
 
 import moelab
 from moelab import families as moe_families
+from moelab import loading
 from moelab.check.exact import compare
 from moelab.check.families import discover, table, trial
 from moelab.check.families.build import (
@@ -34,6 +35,7 @@ from moelab.check.families.configs import CONFIGS, SEEDS, config_of
 from moelab.check.families.trial import Trial, logits, try_family
 from moelab.cli import main
 from moelab.errors import CheckpointError, MoelabError
+from moelab.experts import source
 from moelab.experts.attach import Attachment
 from moelab.experts.loader import ExpertLoader
 from moelab.experts.residency import Load
@@ -73,7 +75,7 @@ def test_a_family(tmp_path: Path, family: str) -> None:
         assert (found.direct, found.exact, found.weights) == ("–", "–", "–")
         assert "separate modules" in found.notes[0]
         return
-    assert (found.direct, found.exact) == ("yes", "yes")
+    assert (found.direct, found.packed, found.exact) == ("yes", "yes", "yes")
     assert found.weights == ("–" if family == "llama4" else "yes")
     assert re.fullmatch(r"\d × 16, top-[123/4]+", found.experts)
 
@@ -251,6 +253,27 @@ def test_listed_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_weights_said_to_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "NOT_VALID", {"mixtral": "said to be unknown"})
     assert "although there are said to be none" in failure(tmp_path, "mixtral")
+
+
+def test_pack_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def direct(folder: Path, capacity: float, *, pack: bool) -> Any:
+        return load(folder, capacity, pack=False)
+
+    load = loading.load
+    monkeypatch.setattr(loading, "load", direct)
+    assert "read from elsewhere" in failure(tmp_path)
+
+
+def test_packed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read directly is tried from a pack file, and said."""
+
+    def refused(*_: Any) -> Any:
+        raise CheckpointError("computed by mlx-lm")
+
+    monkeypatch.setattr(source, "origins_of", refused)
+    found = try_family("qwen3_moe", tmp_path / "x")
+    assert (found.failed, found.direct, found.packed) == (False, "no", "yes"), found.notes
+    assert (found.exact, found.weights, found.notes) == ("yes", "yes", ["computed by mlx-lm"])
 
 
 # -- other checkpoints -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,7 @@ def _be_refused(trial: Trial, folder: Path, why: str) -> None:
 
 
 def _try(trial: Trial, folder: Path) -> None:
+    from ...checkpoint.pack import pack
     from ...loading import load
 
     family = trial.family
@@ -140,12 +142,32 @@ def _try(trial: Trial, folder: Path) -> None:
             for site in sites
         }
     try:
-        lab = load(folder, 0.5)
+        lab = load(folder, 0.5, pack=False)
+        trial.direct = "yes"
     except CheckpointError as error:
         trial.direct = "no"
-        raise _Broken(f"its experts cannot be read from the checkpoint: {error}") from error
-    trial.direct = "yes"
+        trial.notes.append(str(error))
+        pack(folder, progress=False)
+        lab = load(folder, 0.5, pack=True)
+        trial.packed = "yes"
     _compare(trial, lab, model, wanted, oracle)
+    if trial.packed != "yes":
+        _compare_packed(trial, folder, wanted)
+
+
+def _compare_packed(trial: Trial, folder: Path, wanted: list[mx.array]) -> None:
+    """Compares once more, with the experts from a pack file."""
+    from ...checkpoint.pack import pack
+    from ...loading import load
+
+    trial.exact = trial.packed = "no"
+    file = pack(folder, progress=False).stat()
+    with load(folder, 0.5, pack=True) as lab:
+        pieces = [p for bank in lab.attachment.bank.layers for p in bank.loader.pieces(0)]
+        if not all(os.path.samestat(os.fstat(fd), file) for fd, _, _ in pieces):
+            raise _Broken("there is a pack file, and the experts are read from elsewhere")
+        _equal(logits(lab.model), wanted, "with experts from a pack file")
+    trial.exact = trial.packed = "yes"
 
 
 def _compare(
