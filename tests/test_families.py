@@ -279,8 +279,8 @@ def test_packed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- other checkpoints -------------------------------------------------------------------------
 
 
-def same_at_half(folder: Path) -> None:
-    """Logits at half of the experts have stock mlx-lm's bits, and nothing was packed for it."""
+def same_at_half(folder: Path, *, packs: bool = False) -> None:
+    """Logits at half of the experts have stock mlx-lm's bits; says whether that takes a pack."""
     wanted = logits(load_model(folder)[0])
     assert all(mx.isfinite(array).all().item() for array in wanted)
     before = {path.name for path in folder.iterdir()}
@@ -294,7 +294,8 @@ def same_at_half(folder: Path) -> None:
         lab.attachment.bank.watchers.append(Watcher())
         assert compare(logits(lab.model), wanted).equal
         assert evicted
-    assert {path.name for path in folder.iterdir()} == before
+    made = {path.name for path in folder.iterdir()} - before
+    assert made == ({"experts.moepack"} if packs else set())
 
 
 @pytest.mark.parametrize("family", layouts.SWITCHES)
@@ -312,6 +313,19 @@ def test_one_tensor_an_expert(tmp_path: Path, family: str) -> None:
     assert any(re.search(r"\.(experts|mlp)\.15\.|\.mlp\.7\.", name) for name in names)
     assert len(set(names.values())) == 3
     same_at_half(folder)
+
+
+@pytest.mark.parametrize("family", layouts.FUSED)
+def test_gate_and_up_in_one_tensor(tmp_path: Path, family: str) -> None:
+    """As published: mlx-lm cuts, so that a pack file is made."""
+    arrange = functools.partial(layouts.fused, family)
+    folder = build(tmp_path / "x", config_of(family), quant=None, arrange=arrange, shards=2)
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not any(re.search(r"\.(switch_mlp|switch_glu|experts)\.up_proj", name) for name in names)
+    same_at_half(folder, packs=True)
+    (folder / "experts.moepack").unlink()
+    with pytest.raises(CheckpointError, match="computed by mlx-lm"):
+        moelab.load(folder, 0.5, pack=False)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

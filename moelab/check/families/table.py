@@ -43,7 +43,8 @@ class FamilyTable:
             "experts, quantised, run with half of its experts in memory.",
             "",
             "- *direct*: the bank reads experts from the checkpoint as mlx-lm saves it; *packed*: "
-            "from a pack file.",
+            "from a pack file. A checkpoint as its makers publish it may hold gate and up in one "
+            "tensor, or other numbers than mlx-lm computes with: then the pack file is made.",
             "- *exact*: logits equal stock mlx-lm's, every bit, in swept prefill and in decode, "
             "recorded or not, and again after the bank was taken out.",
             "- *weights*: recorded gate weights are what the block applies, asked by basis "
