@@ -40,7 +40,7 @@ class FamilyTable:
             f"Made by `{self.command}` with {made_with}.",
             "",
             "A tiny random checkpoint of each family that mlx-lm can load and that can have routed "
-            "experts, quantised, run with half of its experts in memory.",
+            "experts, quantised, run on the CPU with half of its experts in memory.",
             "",
             "- *direct*: the bank reads experts from the checkpoint as mlx-lm saves it; *packed*: "
             "from a pack file. A checkpoint as its makers publish it may hold gate and up in one "

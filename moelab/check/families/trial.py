@@ -90,6 +90,9 @@ def try_family(family: str, folder: Path) -> Trial:
     impossible = NO_SWITCH.get(family)
     if not mx.metal.is_available():
         impossible = impossible or NEEDS_METAL.get(family)
+    before = mx.default_device()
+    # On a GPU the kernel of a prefill depends on the number of slots, and with it the last bits.
+    mx.set_default_device(mx.gpu if family in NEEDS_METAL and impossible is None else mx.cpu)
     try:
         if impossible is None:
             _try(trial, folder)
@@ -97,6 +100,8 @@ def try_family(family: str, folder: Path) -> Trial:
             _be_refused(trial, folder, impossible)
     except Exception as error:  # whatever a family does, the table goes on
         trial.fail(str(error) if isinstance(error, _Broken) else f"{error!r}")
+    finally:
+        mx.set_default_device(before)
     return trial
 
 
