@@ -92,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--seed", type=int, default=0, help="order of the rounds (%(default)s)")
     two.add_argument("--out", default=None, help="folder for bench-decode.json and .md")
     two.set_defaults(command=_bench_decode)
+    two = kinds.add_parser("load", help="experts from disk into slots, against a bare read")
+    two.add_argument(
+        "model", nargs="?", default="bench", help="'bench' (made on demand), a folder, a name"
+    )
+    two.add_argument("--rounds", type=int, default=15, help="measured rounds (%(default)s)")
+    two.add_argument("--seed", type=int, default=0, help="order and experts (%(default)s)")
+    two.add_argument("--out", default=None, help="folder for bench-load.json and .md")
+    two.set_defaults(command=_bench_load)
     return parser
 
 
@@ -150,6 +158,16 @@ def _bench_decode(arguments: argparse.Namespace) -> int:
     result = bench_decode(
         arguments.model, rounds=arguments.rounds, tokens=arguments.tokens, seed=arguments.seed
     )
+    print(result.page())
+    if arguments.out is not None:
+        result.save(Path(arguments.out))
+    return 0
+
+
+def _bench_load(arguments: argparse.Namespace) -> int:
+    from .bench.load import bench_load
+
+    result = bench_load(arguments.model, rounds=arguments.rounds, seed=arguments.seed)
     print(result.page())
     if arguments.out is not None:
         result.save(Path(arguments.out))

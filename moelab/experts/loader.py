@@ -96,17 +96,28 @@ class ExpertLoader:
         # All are opened now: a file that takes another's name later is not the model's.
         self._fds = sorted({files.fd(span.path) for t in self._tensors for span in t.spans})
         self._at: dict[int, list[Piece]] = {}
-        # Decoding spends its time here: where rows are found by arithmetic, and need no
-        # conversion, a loop over what is known.
-        self._regular: list[tuple[int, int, int, int, tuple[np.ndarray, ...]]] | None = None
-        if all(len(t.spans) == 1 and not t.widen for t in self._tensors):
-            self._regular = [
-                (p.fd, p.offset, p.tensors[0].stride, p.nbytes, tuple(t.slots for t in p.tensors))
-                for p in self._side_by_side(0)
-            ]
+        self._first: list[Piece] = []
+        if all(len(t.spans) == 1 for t in self._tensors):
+            # Every expert's pieces are the first's, some strides further on.
+            self._first = self._side_by_side(0)
+        # Decoding spends its time here: where rows need no conversion, a loop over what is known.
+        self._direct = bool(self._first) and not any(t.widen for t in self._tensors)
+        self._single: list[tuple[int, int, int, int, np.ndarray]] = []
+        self._joined: list[tuple[int, int, int, int, list[np.ndarray]]] = []
+        for piece in self._first if self._direct else ():
+            known = (piece.fd, piece.offset, piece.tensors[0].stride, piece.nbytes)
+            if len(piece.tensors) == 1:
+                self._single.append((*known, piece.tensors[0].slots))
+            else:
+                self._joined.append((*known, [tensor.slots for tensor in piece.tensors]))
         self._batch = Batch()
         self.expert_disk_bytes = sum(t.disk_bytes for t in self._tensors)
         """Bytes that one load reads."""
+
+    @property
+    def tensors(self) -> tuple[TensorRows, ...]:
+        """The layer's tensors: where their rows are and where they go."""
+        return self._tensors
 
     def pieces(self, expert: int) -> list[tuple[int, int, int]]:
         """Returns file descriptor, offset and length of each piece of an expert on disk."""
@@ -142,16 +153,21 @@ class ExpertLoader:
         """Reads one expert into its slot; returns the seconds it took."""
         begin = time.perf_counter()
         expert, slot, _ = load
-        if self._regular is not None:
+        if self._direct:
+            # What is cut short or fails is read again below, where the error says which expert.
             try:
-                for fd, start, stride, nbytes, arrays in self._regular:
-                    rows = [slots[slot] for slots in arrays]
-                    if os.preadv(fd, rows, start + expert * stride) != nbytes:
-                        break  # cut short, or the file ended: below, with the error that says so
+                for fd, start, stride, nbytes, slots in self._single:
+                    if os.preadv(fd, (slots[slot],), start + expert * stride) != nbytes:
+                        break
                 else:
-                    return time.perf_counter() - begin
+                    for fd, start, stride, nbytes, arrays in self._joined:
+                        rows = [slots[slot] for slots in arrays]
+                        if os.preadv(fd, rows, start + expert * stride) != nbytes:
+                            break
+                    else:
+                        return time.perf_counter() - begin
             except OSError:
-                pass  # again below, where the error says which expert of which file
+                pass
         for piece in self._pieces(expert):
             self._perform([load], Run(piece.fd, piece.offset, piece.nbytes, [(0, piece)]))
         return time.perf_counter() - begin
@@ -182,8 +198,8 @@ class ExpertLoader:
 
     def _pieces(self, expert: int) -> list[Piece]:
         """Returns where an expert's bytes are, those side by side together."""
-        if self._regular is not None:
-            return self._side_by_side(expert)
+        if self._first:
+            return [p._replace(offset=p.offset + expert * p.tensors[0].stride) for p in self._first]
         # Where each expert has tensors of its own, finding what is adjacent is worth keeping.
         if expert not in self._at:
             self._at[expert] = self._side_by_side(expert)

@@ -73,7 +73,8 @@ class Files:
     def pool(self) -> ThreadPoolExecutor:
         """The reading threads, started when first needed."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="moelab-read")
+            helpers = max(1, self.threads - 1)  # the calling thread reads too
+            self._pool = ThreadPoolExecutor(helpers, thread_name_prefix="moelab-read")
         return self._pool
 
     def close(self) -> None:
