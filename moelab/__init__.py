@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         CapacityError,
         CheckpointError,
         ClosedError,
+        MissActionError,
         MoelabError,
         NotYetError,
     )
@@ -30,6 +31,7 @@ _HOME = {
     "CapacityError": "errors",
     "CheckpointError": "errors",
     "ClosedError": "errors",
+    "MissActionError": "errors",
     "MoelabError": "errors",
     "NotYetError": "errors",
     "Lab": "lab",
@@ -49,6 +51,7 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "Lab",
+    "MissActionError",
     "MoelabError",
     "NotYetError",
     "Recording",

@@ -20,6 +20,10 @@ class CapacityError(MoelabError, ValueError):
     """A capacity that the model does not allow."""
 
 
+class MissActionError(MoelabError, ValueError):
+    """A miss action that there is not, or that this model does not allow."""
+
+
 class NotYetError(MoelabError, NotImplementedError):
     """An option that is part of the interface and not built yet. It is refused, never ignored."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +15,9 @@ import mlx.nn as nn
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.headers import TensorSpan
 from .display import facts_html, facts_text, size
-from .errors import ClosedError
+from .errors import ClosedError, MoelabError
 from .experts.attach import Attachment, all_parameters, arrays_in
+from .experts.misses import MissAction, WrongSlot, checked_budget, resolve_action
 from .families import SwitchSite
 from .prompting import Prompt, Sampling, Template, recommended_sampling, to_tokens
 
@@ -40,11 +42,13 @@ class MemoryUse:
     """The expert bank."""
     resident_experts: int
     """Experts of layers that hold all of theirs and so are left stock."""
+    low_bit: int = 0
+    """Copies of experts at few bits, for the miss action `low_bit`."""
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.trunk + self.slots + self.resident_experts
+        return self.trunk + self.slots + self.resident_experts + self.low_bit
 
 
 class Lab:
@@ -58,6 +62,10 @@ class Lab:
         config: The model's configuration.
         sites: The MoE layers.
         capacities: Slots of each MoE layer, in the order of `sites`.
+        policy: Name of the replacement policy.
+        pins: Experts that never leave, by layer.
+        swap_budget: Experts a layer that may enter after a step of a lossy action; None for the
+            layer's top-k.
         sampling: What the model recommends.
     """
 
@@ -74,6 +82,8 @@ class Lab:
         attachment: Attachment,
         spans: dict[str, TensorSpan],
         policy: str,
+        pins: Mapping[int, frozenset[int]] | None = None,
+        swap_budget: int | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -83,6 +93,8 @@ class Lab:
         self.sites = list(sites)
         self.capacities = list(capacities)
         self.policy = policy
+        self.pins = dict(pins or {})
+        self.swap_budget = swap_budget
         self.sampling = recommended_sampling(path)
         self._attachment = attachment
         self._spans = spans
@@ -170,6 +182,8 @@ class Lab:
             session.note_generation(
                 {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
             )
+        if options.get("prompt_cache") is None:
+            self._attachment.begin_run()
         options = {**sampling.options(), **options}
         for response in stream_generate(self.model, self.tokenizer, tokens, **options):
             yield response
@@ -206,6 +220,55 @@ class Lab:
 
         self._check_open()
         return RecordingSession(self, prompt_logprobs=prompt_logprobs)
+
+    # -- what happens on a miss --------------------------------------------------------------
+
+    @property
+    def on_miss(self) -> str:
+        """Name of what happens when a chosen expert is not resident; see `set_on_miss`."""
+        return self._attachment.action.name
+
+    @on_miss.setter
+    def on_miss(self, action: str | MissAction) -> None:
+        self.set_on_miss(action)
+
+    @property
+    def miss_action(self) -> MissAction:
+        """The action behind `on_miss`, with its settings."""
+        return self._attachment.action
+
+    def set_on_miss(
+        self, action: str | MissAction, *, swap_budget: int | Literal["keep"] | None = "keep"
+    ) -> None:
+        """Changes what happens on a miss, without loading the model again; resets the bank.
+
+        Args:
+            action: `"load"` (exact), `"drop"`, `"substitute"`, `"low_bit"`, `"reroute"`,
+                `"wrong_slot"`, or an object of `moelab.experts.misses`.
+            swap_budget: Experts a layer that may enter after a step of a lossy action; None for
+                the layer's top-k. Unless given, as it was.
+
+        Raises:
+            MissActionError: If there is no such action, or this model does not allow it; the lab
+                is as it was then.
+            MoelabError: While the lab is being recorded.
+        """
+        self._check_open()
+        chosen = resolve_action(action)
+        budget = self.swap_budget if swap_budget == "keep" else checked_budget(swap_budget)
+        if self.sessions:
+            raise MoelabError(
+                "The lab is being recorded, and a recording has one miss action. "
+                "Leave the `with lab.record()` block first."
+            )
+        if isinstance(chosen, WrongSlot):
+            warnings.warn(
+                "on_miss='wrong_slot' computes a wrong expert at the missing one's weight. It is "
+                "a baseline to compare with, not a way to run a model.",
+                stacklevel=3,
+            )
+        self._attachment.set_action(chosen, budget)
+        self.swap_budget = budget
 
     # -- what there is ---------------------------------------------------------------------
 
@@ -246,13 +309,14 @@ class Lab:
             for _, _, array in site.tensors()
         )
         slots = self._attachment.bank.nbytes
+        low = self._attachment.low_bit_bytes
         total = sum(a.nbytes for a in arrays_in(all_parameters(self.model)))
-        return MemoryUse(total - slots - resident, slots, resident)
+        return MemoryUse(total - slots - resident - low, slots, resident, low)
 
     def reset(self) -> None:
-        """Empties the bank, as it was after loading."""
+        """Brings the bank back to its initial contents, as it was after loading."""
         self._check_open()
-        self._attachment.bank.clear()
+        self._attachment.reset()
 
     def close(self) -> None:
         """Takes the bank out and closes the files. Calling it again does nothing."""
@@ -276,6 +340,7 @@ class Lab:
         memory = self.memory()
         on_disk = sum(span.nbytes for span in self._spans.values())
         slots = sorted(set(self.capacities))
+        pinned = sum(len(pins) for pins in self.pins.values())
         capacity = str(slots[0]) if len(slots) == 1 else f"{slots[0]}–{slots[-1]}"
         return {
             "model": f"{self.name} ({self.config['model_type']})",
@@ -283,6 +348,8 @@ class Lab:
             "experts": f"{site.experts} a layer, top-{site.top_k}",
             "capacity": f"{capacity} of {site.experts} experts a layer"
             + (" (all resident)" if not self._attachment.switches else ""),
+            "on a miss": self.on_miss + ("" if self.miss_action.lossy else " (exact)"),
+            "policy": self.policy + (f", {pinned} pinned" if pinned else ""),
             "in memory": f"{size(memory.total)} (trunk {size(memory.trunk)}, "
             f"experts {size(memory.slots + memory.resident_experts)})",
             "on disk": size(on_disk),

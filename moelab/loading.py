@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .checkpoint.resolve import LAB_MODEL, read_config, resolve
 from .errors import CheckpointError
 from .experts.attach import Attachment, all_parameters, arrays_in
 from .experts.capacity import Capacity, resolve_capacity
+from .experts.misses import MissAction, checked_budget, resolve_action
 from .experts.policy import LRU
 from .experts.source import find_origins
 from .families import SwitchSite, find_switches
@@ -25,6 +26,10 @@ def load(
     name_or_path: str | Path = LAB_MODEL,
     capacity: Capacity = "auto",
     *,
+    policy: str = "lru",
+    on_miss: str | MissAction = "load",
+    pins: Mapping[int, Iterable[int]] | None = None,
+    swap_budget: int | None = None,
     dtype: str | None = None,
     pack: bool | None = None,
     revision: str | None = None,
@@ -36,6 +41,12 @@ def load(
         name_or_path: `"lab"` (the shipped model), a folder, or a name on the Hugging Face hub.
         capacity: Experts a layer to hold: an int counts them, a float is a share of them,
             `"auto"` takes what fits in the memory there is.
+        policy: Who leaves when an expert needs a slot; `moelab.policies()` lists them.
+        on_miss: What happens when a chosen expert is not resident: `"load"` reads it and is exact;
+            see `Lab.set_on_miss` for the approximations.
+        pins: Experts that never leave, by layer.
+        swap_budget: For an approximation: experts a layer that may enter after a step. None for
+            the layer's top-k.
         dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
         pack: Whether to read the experts from a pack file (see `moelab.pack`): True makes one if
             there is none, False reads the checkpoint itself, None takes the file if there is one
@@ -44,7 +55,7 @@ def load(
         trust_remote_code: As in `mlx_lm.load`.
 
     Returns:
-        The lab. The trunk is in memory, the bank is empty.
+        The lab. The trunk is in memory; the bank holds the pins, and what else `Lab.reset` says.
 
     Raises:
         CheckpointError: If there is no such model, its files are damaged, it has no routed
@@ -56,6 +67,7 @@ def load(
 
     if dtype not in (None, "float32"):
         raise ValueError(f"dtype must be None (the checkpoint's own) or 'float32', got {dtype!r}.")
+    action, swap_budget = resolve_action(on_miss), checked_budget(swap_budget)
     folder = resolve(name_or_path, revision)
     read_config(folder)
     spans = read_headers(folder)
@@ -80,15 +92,19 @@ def load(
     origins = [
         next(found) if c < site.experts else {} for c, site in zip(capacities, sites, strict=True)
     ]
+    pinned = {layer: frozenset(experts) for layer, experts in (pins or {}).items()}
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    attachment = Attachment(model, sites, capacities, origins, LRU, widen=dtype == "float32")
+    attachment = Attachment(
+        model, sites, capacities, origins, LRU, pins=pinned, widen=dtype == "float32"
+    )
     try:
         if dtype == "float32":
             _widen(model, attachment)
         # Everything, private arrays such as RoPE frequencies too, so that another thread may run
         # the model: a lazy array belongs to the thread that made it.
         mx.eval([_own_arrays(module) for module in model.modules()])
-        return Lab(
+        attachment.reset()
+        lab = Lab(
             name=str(name_or_path),
             path=folder,
             model=model,
@@ -99,7 +115,12 @@ def load(
             attachment=attachment,
             spans=spans,
             policy=LRU.name,
+            pins=pinned,
+            swap_budget=swap_budget,
         )
+        if action.lossy:
+            lab.set_on_miss(action)
+        return lab
     except BaseException:
         attachment.detach()
         raise

@@ -7,13 +7,13 @@ models by accident; `release` frees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ClosedError, NotYetError
 from .experts.capacity import Capacity
+from .experts.misses import MissAction
 from .prompting import Prompt, Template
 
 if TYPE_CHECKING:
@@ -22,15 +22,8 @@ if TYPE_CHECKING:
     from .lab import Lab
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    model: str
-    capacity: Capacity
-    capacity_type: type
-    dtype: str | None
-
-
-_kept: tuple[_Key, Lab] | None = None
+_kept: tuple[str, Lab] | None = None
+"""The lab that was made last, and what it was asked for by."""
 
 
 def generate(
@@ -39,6 +32,10 @@ def generate(
     max_tokens: int = 200,
     *,
     capacity: Capacity = "auto",
+    policy: str = "lru",
+    on_miss: str | MissAction = "load",
+    pins: Mapping[int, Iterable[int]] | None = None,
+    swap_budget: int | None = None,
     profile_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
     kv_bits: int | None = None,
@@ -53,6 +50,10 @@ def generate(
         prompt: Text, a list of messages, or token ids.
         max_tokens: Tokens to generate at most.
         capacity: Experts a layer (int), a share of them (float), or `"auto"`.
+        policy: Who leaves when an expert needs a slot. This and the next three: see `moelab.load`.
+        on_miss: What happens when a chosen expert is not resident; `"load"` is exact.
+        pins: Experts that never leave.
+        swap_budget: For a lossy `on_miss`: experts a layer that may enter after a step.
         profile_path: Not built yet; raises.
         cache_dir: Not built yet; raises.
         kv_bits: Bits of the key-value cache: 8, 4 or None.
@@ -65,8 +66,9 @@ def generate(
         The text.
     """
     responses = stream_generate(
-        model, prompt, max_tokens, capacity=capacity, profile_path=profile_path,
-        cache_dir=cache_dir, kv_bits=kv_bits, template=template, dtype=dtype, **options,
+        model, prompt, max_tokens, capacity=capacity, policy=policy, on_miss=on_miss, pins=pins,
+        swap_budget=swap_budget, profile_path=profile_path, cache_dir=cache_dir, kv_bits=kv_bits,
+        template=template, dtype=dtype, **options,
     )  # fmt: skip
     return "".join(response.text for response in responses)
 
@@ -77,6 +79,10 @@ def stream_generate(
     max_tokens: int = 200,
     *,
     capacity: Capacity = "auto",
+    policy: str = "lru",
+    on_miss: str | MissAction = "load",
+    pins: Mapping[int, Iterable[int]] | None = None,
+    swap_budget: int | None = None,
     profile_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
     kv_bits: int | None = None,
@@ -90,7 +96,10 @@ def stream_generate(
         mlx-lm's `GenerationResponse`.
     """
     _refuse_unbuilt(profile_path=profile_path, cache_dir=cache_dir)
-    lab = _lab(model, capacity, dtype)
+    lab = _lab(
+        model, capacity=capacity, policy=policy, on_miss=on_miss, pins=pins,
+        swap_budget=swap_budget, dtype=dtype,
+    )  # fmt: skip
     return lab.stream(prompt, max_tokens, kv_bits=kv_bits, template=template, **options)
 
 
@@ -108,6 +117,10 @@ class Session:
     Args:
         model: `"lab"`, a folder, or a name on the Hugging Face hub.
         capacity: Experts a layer (int), a share of them (float), or `"auto"`.
+        policy: Who leaves when an expert needs a slot. This and the next three: see `moelab.load`.
+        on_miss: What happens when a chosen expert is not resident; `"load"` is exact.
+        pins: Experts that never leave.
+        swap_budget: For a lossy `on_miss`: experts a layer that may enter after a step.
         system: A system message.
         profile_path: Not built yet; raises.
         cache_dir: Not built yet; raises.
@@ -125,6 +138,10 @@ class Session:
         model: str | Path,
         *,
         capacity: Capacity = "auto",
+        policy: str = "lru",
+        on_miss: str | MissAction = "load",
+        pins: Mapping[int, Iterable[int]] | None = None,
+        swap_budget: int | None = None,
         system: str | None = None,
         profile_path: str | Path | None = None,
         cache_dir: str | Path | None = None,
@@ -135,7 +152,10 @@ class Session:
         from .loading import load
 
         _refuse_unbuilt(profile_path=profile_path, cache_dir=cache_dir)
-        self.lab = load(model, capacity, dtype=dtype)
+        self.lab = load(
+            model, capacity, policy=policy, on_miss=on_miss, pins=pins, swap_budget=swap_budget,
+            dtype=dtype,
+        )  # fmt: skip
         try:
             self.chat = self.lab.chat(system=system, kv_bits=kv_bits, **options)
         except BaseException:
@@ -174,15 +194,16 @@ class Session:
         self.close()
 
 
-def _lab(model: str | Path, capacity: Capacity, dtype: str | None) -> Lab:
+def _lab(model: str | Path, **settings: Any) -> Lab:
     from .loading import load
 
     global _kept
-    key = _Key(str(model), capacity, type(capacity), dtype)
+    # The repr tells 1 from 1.0, which are different capacities.
+    key = repr((str(model), sorted(settings.items())))
     if _kept is not None and _kept[0] != key:
         release()
     if _kept is None:
-        _kept = (key, load(model, capacity, dtype=dtype))
+        _kept = (key, load(model, **settings))
     return _kept[1]
 
 

@@ -321,4 +321,4 @@ def test_the_manifest_is_json(recording: Recording, tmp_path: Path) -> None:
     finally:
         odd = recording.run.pop("odd")
     assert json.loads(text)["odd"] == {"number": 0.5, "count": 3, "place": str(odd["place"])}
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == 2

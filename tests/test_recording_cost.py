@@ -17,12 +17,13 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 import moelab
+from moelab.experts.event import LayerEvent
 from moelab.experts.residency import Load
 from moelab.lab import Lab
 from moelab.routing.loop import GENERATED, LAST_OF_PROMPT, view
 from moelab.routing.recorder import Recorder
 from moelab.routing.recording import Recording, frame_builder
-from moelab.routing.steps import LayerEvent, Step
+from moelab.routing.steps import Step
 from moelab.routing.store import Store
 from tests.support import tiny
 

@@ -7,7 +7,7 @@ the experts on disk (saving, quantising, adapting) raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,10 @@ from ..checkpoint.provenance import Trace
 from ..errors import AttachedError, CheckpointError
 from ..families import SwitchSite
 from .bank import Bank, LayerBank, PolicyMaker
+from .lossy import LossyEngine, LossyLayer, initial_order
+from .lowbit import low_bit_copies
+from .misses import Load, LowBit, MissAction
+from .router import RouterRule, ask_rules
 from .switch import PartialSwitch
 
 GUARDED = (
@@ -37,7 +41,12 @@ class Attachment:
         capacities: Slots for each of `sites`. A layer with as many slots as experts stays stock.
         origins: For each site, the spans of each tensor, by projection and name.
         make_policy: Called once for each layer.
+        pins: Experts that never leave, by layer.
+        orders: Experts by layer, in the order in which they fill an empty bank after the pins.
         widen: Read 16-bit floats into float32 slots.
+
+    Attributes:
+        action: What happens on a miss.
     """
 
     def __init__(
@@ -48,19 +57,28 @@ class Attachment:
         origins: Sequence[Mapping[tuple[str, str], tuple[TensorSpan, ...]]],
         make_policy: PolicyMaker,
         *,
+        pins: Mapping[int, Iterable[int]] | None = None,
+        orders: Mapping[int, Sequence[int]] | None = None,
         widen: bool = False,
     ) -> None:
         self.bank = Bank()
+        self.action: MissAction = Load()
         self.switches: dict[int, PartialSwitch] = {}
         """The replaced switches by layer."""
         self._model = model
         self._sites = {site.layer: site for site in sites}
+        self._orders = orders or {}
+        self._engine: LossyEngine | None = None
+        self._rules: dict[int, RouterRule] | None = None
         self._guarded: list[tuple[nn.Module, str]] = []
         try:
             for site, capacity, spans in zip(sites, capacities, origins, strict=True):
                 if capacity == site.experts:
                     continue
-                layer = LayerBank(self.bank, site, capacity, make_policy(), spans, widen=widen)
+                layer = LayerBank(
+                    self.bank, site, capacity, make_policy(), spans,
+                    pinned=(pins or {}).get(site.layer, ()), widen=widen,
+                )  # fmt: skip
                 self.bank.layers.append(layer)
                 self.switches[site.layer] = PartialSwitch(layer, site.switch)
                 site.parent[site.key] = self.switches[site.layer]
@@ -69,8 +87,92 @@ class Attachment:
             self.detach()
             raise
 
+    @property
+    def low_bit_bytes(self) -> int:
+        """Bytes of the copies at few bits; 0 without any."""
+        held = [switch["low"] for switch in self.switches.values() if "low" in switch]
+        return sum(array.nbytes for low in held for array in arrays_in(low))
+
+    def set_action(self, action: MissAction, swap_budget: int | None = None) -> None:
+        """Says what happens on a miss from now on, and resets the bank.
+
+        Args:
+            action: What.
+            swap_budget: Experts a layer that may enter after a step of a lossy action; None for
+                the layer's top-k.
+
+        Raises:
+            MissActionError: If the action cannot be had for this model; all is as it was then.
+                After an interrupt the bank is exact, whatever it was before.
+        """
+        engine = self._make_engine(action, swap_budget) if action.lossy else None
+        try:
+            self._put(action, engine)
+            self.reset()
+        except BaseException:
+            # Cut off half-way, an action must not be in place here and not there.
+            self._put(Load(), None)
+            raise
+
+    def _put(self, action: MissAction, engine: LossyEngine | None) -> None:
+        if self._engine is not None:
+            self._engine.remove()
+        self.action, self._engine = action, engine
+        for layer, switch in self.switches.items():
+            switch.set_engine(engine, None if engine is None else engine.layers[layer].low)
+        if engine is not None:
+            engine.install()
+
+    def reset(self) -> None:
+        """Brings the bank to its initial contents.
+
+        The pins; and for a lossy action, or a policy that admits nothing, what else there is room
+        for: the profile's order, then the lowest ids.
+        """
+        self.bank.clear()
+        orders = {}
+        for layer in self.bank.layers:
+            pins, site = layer.residency.pinned, layer.site
+            room = len(pins)
+            if self.action.lossy:
+                room = layer.capacity
+            elif not layer.residency.policy.admits:
+                room = layer.capacity - site.top_k  # the others are where misses are computed
+            orders[site.layer] = initial_order(site, pins, self._orders.get(site.layer))[:room]
+        self.bank.fill(orders)
+        if self._engine is not None:
+            self._engine.restart()
+
+    def begin_run(self) -> None:
+        """Told when a generation begins that goes on from no other."""
+        if self._engine is not None:
+            self._engine.begin_run()
+
+    def _make_engine(self, action: MissAction, swap_budget: int | None) -> LossyEngine:
+        if self._rules is None:
+            partial = [self._sites[layer] for layer in self.switches]
+            self._rules = ask_rules(self._model, partial) if partial else {}
+        layers = []
+        for layer in self.bank.layers:
+            low = None
+            if isinstance(action, LowBit):
+                low = self._copies(layer, action.bits)
+            rule = self._rules[layer.layer]
+            layers.append(LossyLayer(layer, layer.site, rule, action, low))
+        return LossyEngine(self.bank, action, layers, swap_budget)
+
+    def _copies(self, layer: LayerBank, bits: int) -> nn.Module:
+        """Returns a layer's copies at few bits: those that it has, or new ones."""
+        switch = self.switches[layer.layer]
+        if "low" in switch and next(iter(switch["low"].children().values())).bits == bits:
+            return switch["low"]
+        return low_bit_copies(layer, bits)
+
     def detach(self) -> None:
         """Puts the stock switches back and closes the bank. Calling it again does nothing."""
+        if self._engine is not None:
+            self._engine.remove()
+            self._engine = None
         for module, name in self._guarded:
             module.__dict__.pop(name, None)
         self._guarded.clear()

@@ -8,7 +8,7 @@ numbers, so the arithmetic is mlx-lm's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -59,6 +59,16 @@ class Bank:
         for layer in self.layers:
             layer.clear()
 
+    def fill(self, orders: Mapping[int, Sequence[int]]) -> None:
+        """Reads experts into empty slots: the initial contents.
+
+        Args:
+            orders: Experts by layer.
+        """
+        for layer in self.layers:
+            if orders.get(layer.layer):
+                layer.fill(orders[layer.layer])
+
     def close(self) -> None:
         """Closes the files."""
         self.pending.clear()
@@ -76,7 +86,11 @@ class LayerBank:
         capacity: Slots.
         policy: Who leaves.
         spans: Origin of each tensor, by projection and name.
+        pinned: Experts that never leave once they are in.
         widen: Read 16-bit floats into float32 slots.
+
+    Attributes:
+        changes: Grows with every change of what sits in the slots.
     """
 
     def __init__(
@@ -87,12 +101,17 @@ class LayerBank:
         policy: Policy,
         spans: Mapping[tuple[str, str], tuple[TensorSpan, ...]],
         *,
+        pinned: Iterable[int] = (),
         widen: bool = False,
     ) -> None:
         self.bank = bank
         self.layer = site.layer
         self.experts = site.experts
-        self.residency = Residency(capacity, policy)
+        self.site = site
+        self.changes = 0
+        self._spans = spans
+        self._widen = widen
+        self.residency = Residency(capacity, policy, pinned)
         self.switch, arrays = _with_slots(site, capacity, widen)
         self.nbytes = sum(array.nbytes for array in arrays.values())
         self.loader = ExpertLoader(
@@ -117,10 +136,39 @@ class LayerBank:
     def begin(self, needed: Sequence[int]) -> list[int]:
         """Starts an event; returns the misses. Mends what an interrupted event left behind."""
         if self._in_event:
-            self.loader.settle()
-            self.residency.recover()
+            self.mend()
         self._in_event = True
         return self.residency.begin(needed)
+
+    def mend(self) -> None:
+        """Makes the slots consistent after an event that was interrupted, if one was."""
+        if self._in_event:
+            self.changes += 1
+            self.loader.settle()
+            self.residency.recover()
+            self._in_event = False
+
+    def exchange(self, needed: Sequence[int], wanted: Sequence[int], budget: int) -> None:
+        """Ends a lossy step; see `Residency.exchange`.
+
+        Nothing in flight may read the slots, as with `load`.
+        """
+        self.mend()
+        self._in_event = True
+        self.load(self.residency.exchange(needed, wanted, budget))
+        self._in_event = False
+
+    def fill(self, experts: Sequence[int]) -> None:
+        """Reads experts into empty slots."""
+        self._in_event = True
+        self.load(self.residency.fill(experts))
+        self._in_event = False
+
+    def scratch(self, slots: int) -> LayerBank:
+        """Returns a bank of the same layer with slots of its own, that the model does not use."""
+        return LayerBank(
+            self.bank, self.site, slots, self.residency.policy, self._spans, widen=self._widen
+        )
 
     def end(self) -> None:
         """Ends the event that `begin` started."""
@@ -130,6 +178,7 @@ class LayerBank:
         """Empties every slot."""
         self.loader.settle()
         self._in_event = True  # so that the next event mends it if this is interrupted
+        self.changes += 1
         self.residency.clear()
         self._in_event = False
 
@@ -141,6 +190,7 @@ class LayerBank:
         """
         if not loads:
             return
+        self.changes += 1
         seconds = self.loader.read(loads)
         for load in loads:
             self.residency.arrived(load)

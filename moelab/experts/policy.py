@@ -15,6 +15,8 @@ class Policy(Protocol):
 
     name: str
     """What the manifest of a run calls it."""
+    admits: bool
+    """Whether what was missed stays in memory."""
 
     def used(self, experts: Sequence[int]) -> None:
         """Notes one event: one step at this layer.
@@ -22,6 +24,9 @@ class Policy(Protocol):
         Args:
             experts: All distinct experts that the step chose, hits and misses, in ascending order.
         """
+
+    def admitted(self, experts: Sequence[int]) -> None:
+        """Notes experts that enter a slot now."""
 
     def evict(self, count: int, residents: Collection[int], kept: Collection[int]) -> list[int]:
         """Chooses `count` of `residents` to leave, first to leave first.
@@ -47,6 +52,7 @@ class LRU:
     """
 
     name = "lru"
+    admits = True
 
     def __init__(self) -> None:
         # A dict keeps insertion order: the first key was used longest ago.
@@ -58,6 +64,11 @@ class LRU:
         for expert in experts:
             order.pop(expert, None)
             order[expert] = None
+
+    def admitted(self, experts: Sequence[int]) -> None:
+        """Notes who enters without having been used: the initial contents."""
+        for expert in experts:
+            self._order.setdefault(expert)
 
     def evict(self, count: int, residents: Collection[int], kept: Collection[int]) -> list[int]:
         """See `Policy.evict`."""

@@ -98,6 +98,31 @@ class Residency:
             serve, protected = [], self.pinned
             room = self.capacity - sum(1 for e in self.slot_of if e in self.pinned)
 
+    def fill(self, experts: Sequence[int]) -> list[Load]:
+        """Puts experts into empty slots, before the first event; returns what to load."""
+        entering = [e for e in experts if e not in self.slot_of]
+        self.policy.admitted(entering)
+        return self._place(entering, self.pinned)
+
+    def exchange(self, needed: Sequence[int], wanted: Sequence[int], budget: int) -> list[Load]:
+        """Ends a lossy step: lets a few of the experts that it missed in, for the next one.
+
+        Args:
+            needed: The step's distinct experts, ascending. They stay, unless there are more of
+                them than slots.
+            wanted: Those that may enter, the most wanted first.
+            budget: How many may enter at most.
+
+        Returns:
+            What to load.
+        """
+        self.policy.used(needed)
+        protected = self.pinned
+        if len(needed) <= self.capacity:
+            protected = protected.union(needed)
+        room = len(self._free) + sum(1 for e in self.slot_of if e not in protected)
+        return self._place(wanted[: min(budget, room)], protected)
+
     def arrived(self, load: Load) -> None:
         """Confirms that `load` was read, whole."""
         self.slot_of[load.expert] = load.slot

@@ -16,13 +16,15 @@ import numpy as np
 
 from ..errors import AttachedError
 from .bank import LayerBank
+from .event import LayerEvent
+from .lossy import LossyEngine
 
 EAGER_BYTES = 1 << 17
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
 
-Observer = Callable[[int, np.ndarray, frozenset[int] | None, mx.array], Any]
-"""Called with layer, ids (tokens, top-k), the missing experts (None: all are always resident) and
-the switch's output; what it returns is given to the block in the output's place."""
+Observer = Callable[[LayerEvent, mx.array], mx.array]
+"""Called with what happened and the switch's output; what it returns is given to the block in the
+output's place."""
 
 
 class PartialSwitch(nn.Module):
@@ -40,7 +42,21 @@ class PartialSwitch(nn.Module):
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "original", original)
         object.__setattr__(self, "observer", None)
+        object.__setattr__(self, "engine", None)
         self["slots"] = bank.switch  # a child: the slots count as the model's memory
+
+    def set_engine(self, engine: LossyEngine | None, low: nn.Module | None) -> None:
+        """Computes by a lossy action from now on, or exactly.
+
+        Args:
+            engine: Computes the layer in this switch's place; None for exact.
+            low: Copies at few bits, which count as the model's memory.
+        """
+        object.__setattr__(self, "engine", engine)
+        if low is not None:
+            self["low"] = low
+        else:
+            self.pop("low", None)
 
     def __getattr__(self, key: str) -> Any:
         if "original" not in self.__dict__:
@@ -61,9 +77,12 @@ class PartialSwitch(nn.Module):
             indices: Expert ids, integer, (…, top-k).
 
         Returns:
-            Outputs, (…, top-k, width), equal to the stock switch's.
+            Outputs, (…, top-k, width), equal to the stock switch's unless an action is lossy.
         """
         layer: LayerBank = self._bank
+        if self.engine is not None:
+            y, event = self.engine.compute(layer.layer, x, indices)
+            return y if self.observer is None or event is None else self.observer(event, y)
         pending = layer.bank.pending
         # The one synchronisation of this design: the ids must be known to know what is missing.
         # What earlier calls computed from slots is evaluated along with them, since a slot may
@@ -83,7 +102,8 @@ class PartialSwitch(nn.Module):
             pending.append(y)
         if self.observer is None:
             return y
-        return self.observer(layer.layer, np.array(indices, copy=False), frozenset(misses), y)
+        ids = np.array(indices, copy=False)
+        return self.observer(LayerEvent(layer.layer, ids, frozenset(misses)), y)
 
     def _one_token(self, x: mx.array, indices: mx.array) -> tuple[mx.array, list[int]]:
         """A decoded token: so few ids that plain Python is faster than numpy."""

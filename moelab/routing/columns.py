@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from .loop import PHASES
 
+OUTCOMES = ("hit", "load", "drop", "substitute", "low_bit", "reroute", "wrong_slot")
+"""What can become of a routed slot, by code."""
+
 
 class Column(NamedTuple):
     """One column."""
@@ -41,9 +44,17 @@ SCHEMA: Mapping[str, Mapping[str, Column]] = {
         "layer": Column("int16", "Decoder layer."),
         "rank": Column("int16", "0 for the token's highest weight in this layer."),
         "expert": Column("int32", "The expert that the router chose."),
-        "weight": Column("float32", "The factor that the block applied to the expert's output. NaN "
-                         "where it is not known; a slot of weight 0 is not routed."),
+        "weight": Column("float32", "Gate weight: the factor of the expert's output by the "
+                         "family's own rule. NaN where it is not known; a slot of weight 0 is not "
+                         "routed."),
         "hit": Column("bool", "The expert was resident when the step began."),
+        "outcome": Column("category", "'hit', 'load' (read from disk, exact), or the lossy action "
+                          "that a miss met with: 'drop', 'substitute', 'low_bit', 'reroute', "
+                          "'wrong_slot'."),
+        "computed": Column("int32", "The expert whose output was used: the same one unless the "
+                           "outcome says otherwise; -1 where none was."),
+        "applied": Column("float32", "The factor that was applied to that output: `weight` unless "
+                          "an action changed it; 0 where no output was used."),
     },
     "tokens": {
         **_KEYS,
@@ -76,8 +87,8 @@ def typed(table: str, columns: Mapping[str, Any], texts: list[str] | None = None
 
     Args:
         table: A key of `SCHEMA`.
-        columns: Values by name. `phase` may be codes into `loop.PHASES`, and `token` codes into
-            `texts`.
+        columns: Values by name. `phase` and `outcome` may be codes into `loop.PHASES` and
+            `OUTCOMES`, and `token` codes into `texts`.
         texts: The texts that `token` codes point at.
 
     Returns:
@@ -89,6 +100,7 @@ def typed(table: str, columns: Mapping[str, Any], texts: list[str] | None = None
     # As text also where there is none: an empty list has no type, and parquet would keep none.
     categories = {
         "phase": pd.Index(PHASES, dtype="str"),
+        "outcome": pd.Index(OUTCOMES, dtype="str"),
         "token": None if texts is None else pd.Index(texts, dtype="str"),
     }
     built = {}

@@ -16,8 +16,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..experts.event import LayerEvent
 from . import loop
-from .steps import LayerEvent, Step, parts_of
+from .outcomes import outcome_of
+from .steps import Step, parts_of
 from .store import TOKEN, Rows, Store
 
 LAG = 2
@@ -205,10 +207,12 @@ class Recorder:
         flat = _joined(ids)
         records = np.empty(flat.size, self._store.slot)
         records["expert"] = flat
-        records["weight"] = self._weights(step, ids)
+        records["weight"] = weights = self._weights(step, ids)
         records["miss"] = 0
         if any(event.missing for event in events):
             records["miss"] = _missed(events, ids, self._experts)
+        if self._store.lossy:
+            _fill_outcomes(records, events, ids, weights, self._experts)
         return records
 
     def _weights(self, step: Step, ids: list[np.ndarray]) -> np.ndarray:
@@ -356,6 +360,24 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     if len(first) == 1 and all(a.dtype == first.dtype and a.flags.c_contiguous for a in arrays):
         return np.frombuffer(b"".join(arrays), first.dtype)  # type: ignore[arg-type]
     return np.concatenate(arrays, axis=1).ravel()
+
+
+def _fill_outcomes(
+    records: np.ndarray,
+    events: list[LayerEvent],
+    ids: list[np.ndarray],
+    weights: np.ndarray,
+    experts: int,
+) -> None:
+    count, begin = len(ids[0]), 0
+    factors = weights.reshape(count, -1)
+    parts = []
+    for event, layer in zip(events, ids, strict=True):
+        end = begin + layer.shape[1]
+        parts.append(outcome_of(event, layer, factors[:, begin:end], experts))
+        begin = end
+    for name in ("computed", "applied", "outcome"):
+        records[name] = np.concatenate([getattr(p, name) for p in parts], axis=1).ravel()
 
 
 def _missed(events: list[LayerEvent], ids: list[np.ndarray], experts: int) -> np.ndarray:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = tuple(SCHEMA)
-FORMAT = 1
+FORMAT = 2
 """Version of the folder that `save` writes."""
 
 MANIFEST = "run.json"
@@ -122,6 +122,7 @@ class Recording:
         return {
             "model": str(self.run.get("model", "?")),
             "capacity": str(self.run.get("capacity", "?")),
+            "on a miss": str(self.run.get("on_miss", "?")),
             "runs": str(tokens["run"].nunique()),
             "tokens": f"{len(tokens)} ({counts})",
             "routed": f"{routed:,} slots, {tokens['hits'].sum() / max(routed, 1):.1%} hits",
@@ -230,7 +231,8 @@ def frame_builder(
         routing = store.routing()
         if table == "routing":
             columns, categories = shared(tokens, routing["token_row"])
-            columns.update({k: routing[k] for k in ("layer", "rank", "expert", "weight")})
+            names = ("layer", "rank", "expert", "weight", "outcome", "computed", "applied")
+            columns.update({k: routing[k] for k in names})
             return typed(table, {**columns, "hit": routing["miss"] == 0}, categories)
         count = len(tokens)
         columns, categories = shared(tokens, slice(None))

@@ -35,7 +35,8 @@ class RecordingSession:
         lab = self._lab
         run = manifest(lab, prompt_logprobs=self._prompt_logprobs)
         experts = max(run["experts"])
-        store = Store([(site.layer, site.top_k) for site in lab.sites], experts)
+        layout = [(site.layer, site.top_k) for site in lab.sites]
+        store = Store(layout, experts, lossy=lab.miss_action.lossy)
         load_bytes = {
             layer.layer: layer.loader.expert_disk_bytes for layer in lab.attachment.bank.layers
         }
@@ -84,7 +85,10 @@ def manifest(lab: Lab, **options: Any) -> dict[str, Any]:
         "top_k": [site.top_k for site in lab.sites],
         "capacity": lab.capacity if len(set(lab.capacities)) == 1 else lab.capacities,
         "policy": lab.policy,
-        "on_miss": "load",
+        "on_miss": lab.on_miss,
+        "on_miss_settings": lab.miss_action.settings,
+        "swap_budget": lab.swap_budget,
+        "pins": {str(layer): sorted(pins) for layer, pins in lab.pins.items()},
         "initial_bank": {
             str(layer.layer): sorted(layer.residency.slot_of)
             for layer in lab.attachment.bank.layers

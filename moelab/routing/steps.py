@@ -3,7 +3,7 @@
 While somebody watches, the classes of the model and of its stock switches are exchanged for
 subclasses, since `nn.Module` looks `__call__` up on the type; names, parameters and identity of
 the modules stay. Switches tell of ids and misses; what the block multiplies their output by is
-caught by `Weighted`. Nothing here waits for a computation.
+caught by `experts.event.Weighted`. Nothing here waits for a computation.
 """
 
 from __future__ import annotations
@@ -18,25 +18,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
+from ..experts.event import LayerEvent, noting
 from ..experts.residency import Load
 from ..families import SwitchSite, opened_block
 from .loop import LoopView, view
-
-
-@dataclass(slots=True)
-class LayerEvent:
-    """One layer in one step."""
-
-    layer: int
-    ids: np.ndarray | mx.array
-    """Expert ids (…, top-k); lazy where the layer is stock."""
-    missing: frozenset[int] | None
-    """Experts that were not resident; None where all always are."""
-    weights: mx.array | None = None
-    """What the block multiplied the experts' outputs by, (…, top-k, 1); lazy. None until it did,
-    and in families that weigh in another way."""
 
 
 @dataclass(slots=True)
@@ -70,46 +56,6 @@ class StepListener(Protocol):
         interrupt can come between a step and its listeners, and that what is done here is done
         while MLX still works on the step before.
         """
-
-
-class Weighted(mx.array):
-    """A switch's output that notices by what it is multiplied.
-
-    Blocks compute `(y * weights[..., None]).sum(-2)`; the factor is exactly what they applied,
-    with no knowledge of how it was made. To everything else it is the array that it is.
-    """
-
-    event: LayerEvent
-
-    def seen(self, factor: mx.array) -> mx.array:
-        """Notes a factor that somebody else is going to apply, and returns it."""
-        _note_factor(self.event, factor)
-        return factor
-
-    def __mul__(self, factor: Any) -> mx.array:
-        _note_factor(self.event, factor)
-        return super().__mul__(factor)
-
-    def __rmul__(self, factor: Any) -> mx.array:
-        _note_factor(self.event, factor)
-        return super().__rmul__(factor)
-
-    def astype(self, dtype: mx.Dtype, stream: Any = None) -> Weighted:
-        """Converts, still watching."""
-        return weighted(super().astype(dtype, stream=stream), self.event)
-
-
-def weighted(y: mx.array, event: LayerEvent) -> Weighted:
-    """Returns `y`, the same array, as one that notes in `event` by what it is multiplied."""
-    watched = Weighted(y)
-    watched.event = event
-    return watched
-
-
-def _note_factor(event: LayerEvent, factor: Any) -> None:
-    # One factor for each expert's output; a scale, or an elementwise product, is none.
-    if isinstance(factor, mx.array) and factor.shape == (*event.ids.shape, 1):
-        event.weights = factor
 
 
 class StepWatch:
@@ -225,16 +171,14 @@ class StepWatch:
     def _stock(self, layer: int, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Stands around the call of a switch that has all its experts."""
         indices = args[1] if len(args) > 1 else kwargs["indices"]
-        return self._observe(layer, indices, None, call(*args, **kwargs))
+        return self._observe(LayerEvent(layer, indices, None), call(*args, **kwargs))
 
-    def _observe(
-        self, layer: int, ids: Any, missing: frozenset[int] | None, y: mx.array
-    ) -> mx.array:
+    def _observe(self, event: LayerEvent, y: mx.array) -> mx.array:
         if self._current is None:
             return y
-        event = LayerEvent(layer, ids, missing)
         self._current.events.append(event)
-        return weighted(y, event)
+        # A lossy action watches the weights itself, since it changes them.
+        return noting(y, event) if event.lossy is None else y
 
 
 def tokens_in(cache: Any) -> int | mx.array | None:

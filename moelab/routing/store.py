@@ -43,12 +43,18 @@ class Store:
     Args:
         layout: Layer number and top-k of each MoE layer, in the order in which they run.
         experts: Largest number of experts of any layer.
+        lossy: Keep what a lossy miss action made of each routed slot; 9 bytes more.
     """
 
-    def __init__(self, layout: Sequence[tuple[int, int]], experts: int = NARROW) -> None:
+    def __init__(
+        self, layout: Sequence[tuple[int, int]], experts: int = NARROW, *, lossy: bool = False
+    ) -> None:
         self.layout = list(layout)
+        self.lossy = lossy
         expert = np.uint16 if experts <= NARROW + 1 else np.uint32
-        self.slot = np.dtype([("expert", expert), ("weight", np.float32), ("miss", np.uint8)])
+        slot = [("expert", expert), ("weight", np.float32), ("miss", np.uint8)]
+        more = [("computed", np.int32), ("applied", np.float32), ("outcome", np.uint8)]
+        self.slot = np.dtype([*slot, *more] if lossy else slot)
         """A routed slot: its token and layer follow from its place."""
         self.load = np.dtype(
             [("token_row", np.uint32), ("layer", np.uint16), ("expert", expert),
@@ -117,6 +123,10 @@ class Store:
             "rank": place - slots_of[index],
             **{name: slots[name][order] for name in self.slot.names or ()},
         }
+        if not self.lossy:
+            columns["computed"] = columns["expert"]
+            columns["applied"] = columns["weight"]
+            columns["outcome"] = columns["miss"]  # 0 and 1: hit and load
         routed = columns["weight"] != 0
         return columns if routed.all() else {k: v[routed] for k, v in columns.items()}
 

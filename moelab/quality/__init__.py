@@ -1,0 +1,1 @@
+"""What an approximation does to the model's predictions."""
