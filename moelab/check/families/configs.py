@@ -614,7 +614,7 @@ CONFIGS: dict[str, Config] = {
         "head_dim": 32,
         "moe_intermediate_size": 64,
         "moe_shared_expert_intermediate_size": 64,
-        "moe_latent_size": 32,
+        "moe_latent_size": 128,
         "n_group": 4,
         "topk_group": 2,
         "n_routed_experts": 16,
