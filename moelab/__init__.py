@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint.pack import pack
     from .discovery import discover
     from .errors import (
         AttachedError,
@@ -58,6 +59,7 @@ _HOME = {
     "spread_capacity": "experts.spread",
     "Lab": "lab",
     "load": "loading",
+    "pack": "checkpoint.pack",
     "Session": "oneshot",
     "generate": "oneshot",
     "release": "oneshot",
@@ -93,6 +95,7 @@ __all__ = [
     "discover",
     "generate",
     "load",
+    "pack",
     "plan",
     "policies",
     "profile",

@@ -94,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
         "--capacity", type=capacity, default="auto", help="experts a layer (%(default)s)"
     )
     one.set_defaults(command=_profile)
+    one = commands.add_parser("families", help="try every mlx-lm family that has experts")
+    one.add_argument("--only", default=None, help="names, with commas between them")
+    one.add_argument("--out", default=None, help="folder for families.md")
+    one.set_defaults(command=_families)
+
+    one = commands.add_parser("pack", help="write the experts one after another into a pack file")
+    _model(one)
+    one.add_argument(
+        "--verify", action="store_true", help="read the pack file that is there and check it"
+    )
+    one.set_defaults(command=_pack)
 
     one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
     kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
@@ -104,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--seed", type=int, default=0, help="order of the rounds (%(default)s)")
     two.add_argument("--out", default=None, help="folder for bench-decode.json and .md")
     two.set_defaults(command=_bench_decode)
+    two = kinds.add_parser("load", help="experts from disk into slots, against a bare read")
+    two.add_argument(
+        "model", nargs="?", default="bench", help="'bench' (made on demand), a folder, a name"
+    )
+    two.add_argument("--rounds", type=int, default=15, help="measured rounds (%(default)s)")
+    two.add_argument("--seed", type=int, default=0, help="order and experts (%(default)s)")
+    two.add_argument("--out", default=None, help="folder for bench-load.json and .md")
+    two.set_defaults(command=_bench_load)
     return parser
 
 
@@ -164,12 +183,45 @@ def _profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _families(arguments: argparse.Namespace) -> int:
+    from .check.families.table import family_table
+
+    only = arguments.only
+    table = family_table(
+        None if only is None else [n.strip() for n in only.split(",") if n.strip()]
+    )
+    print(table.page(), end="")
+    if arguments.out is not None:
+        table.save(Path(arguments.out))
+    return 1 if table.failed else 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from .checkpoint.pack import pack, verify
+
+    if arguments.verify:
+        print(f"{verify(arguments.model)}: every expert is what was written")
+    else:
+        print(pack(arguments.model))
+    return 0
+
+
 def _bench_decode(arguments: argparse.Namespace) -> int:
     from .bench.decode import bench_decode
 
     result = bench_decode(
         arguments.model, rounds=arguments.rounds, tokens=arguments.tokens, seed=arguments.seed
     )
+    print(result.page())
+    if arguments.out is not None:
+        result.save(Path(arguments.out))
+    return 0
+
+
+def _bench_load(arguments: argparse.Namespace) -> int:
+    from .bench.load import bench_load
+
+    result = bench_load(arguments.model, rounds=arguments.rounds, seed=arguments.seed)
     print(result.page())
     if arguments.out is not None:
         result.save(Path(arguments.out))

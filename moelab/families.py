@@ -9,9 +9,9 @@ value for each layer, …), so it is read off the shapes of one traced forward p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
@@ -69,15 +69,27 @@ def find_switches(model: nn.Module, model_type: str) -> list[SwitchSite]:
 
     modules = dict(model.named_modules())
     found = {p: m for p, m in modules.items() if isinstance(m, SwitchGLU | SwitchMLP)}
+    if not found and any("experts" in path.split(".") for path in modules):
+        raise CheckpointError(
+            f"This {model_type} model keeps each expert as a module of its own and calls one after "
+            "another (no SwitchGLU or SwitchMLP), so that there is no place for moelab to stand. "
+            "Run it with mlx_lm instead."
+        )
     if not found:
         raise CheckpointError(
             f"This {model_type} model has no routed experts (no SwitchGLU or SwitchMLP): it is "
             "dense, and all of it is needed for every token. Run it with mlx_lm instead."
         )
     paths = sorted(found, key=_natural)
-    top_k = _trace_top_k(model, {path: _parent(modules, path) for path in paths})
-    layers = [int(m.group(1)) if (m := re.search(r"layers\.(\d+)\.", p)) else i
-              for i, p in enumerate(paths)]  # fmt: skip
+    try:
+        top_k = _trace_top_k(model, {path: _parent(modules, path) for path in paths})
+    except RuntimeError as error:  # such as that of a kernel that there is for another device only
+        raise CheckpointError(
+            f"mlx-lm cannot run this {model_type} model on this machine: {error}"
+        ) from error
+    # `model.layers.3.mlp.switch_mlp`, `transformer.h.3.moe.switch_mlp`
+    layers = [next((int(part) for part in path.split(".") if part.isdigit()), i)
+              for i, path in enumerate(paths)]  # fmt: skip
     if len(set(layers)) != len(layers):
         raise CheckpointError(
             f"This {model_type} model has two switches in one layer ({', '.join(paths[:4])} …), "
@@ -87,6 +99,45 @@ def find_switches(model: nn.Module, model_type: str) -> list[SwitchSite]:
         SwitchSite(path, layer, *_parent(modules, path), found[path], top_k[path])
         for path, layer in zip(paths, layers, strict=True)
     ]
+
+
+COMPILED_SUMS = {
+    ("mlx_lm.models.bailing_moe", "BailingMoeSparseMoeBlock"): "aggregate_expert_outputs",
+}
+"""Blocks that hand the experts' outputs and their weights to a compiled function, by module and
+class: inside of it an array's own methods are not called, and so nobody sees the weights."""
+
+
+def opened_block(block: type) -> type | None:
+    """Makes a block's class whose compiled weighted sum first shows its factor.
+
+    Args:
+        block: The class of a switch's parent.
+
+    Returns:
+        A subclass, for exchange with an instance's class. Where the experts' outputs have a method
+        `seen`, it is called with the factor, (…, top-k, 1), and what it returns is applied. The
+        sum itself stays the family's own. None if nothing hides the factor.
+    """
+    name = COMPILED_SUMS.get((block.__module__, block.__qualname__))
+    if name is None:
+        return None
+    own: Any = block.__call__
+    compiled = own.__globals__[name]
+
+    def shown(outputs: mx.array, weights: mx.array) -> Any:
+        seen = getattr(outputs, "seen", None)
+        if seen is not None:
+            weights = seen(weights[..., None]).squeeze(-1)
+        return compiled(outputs, weights)
+
+    # The same code, reading its globals elsewhere: mlx-lm's module and other models stay as they
+    # are.
+    call = FunctionType(
+        own.__code__, {**own.__globals__, name: shown}, own.__name__, own.__defaults__
+    )
+    names = {"__call__": call, "__module__": block.__module__, "__doc__": block.__doc__}
+    return type(block.__name__, (block,), {**names, "__qualname__": block.__qualname__})
 
 
 class _Probe(nn.Module):

@@ -14,7 +14,7 @@ from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
 from .errors import CapacityError, CheckpointError
-from .experts.attach import Attachment, arrays_in, origins_of
+from .experts.attach import Attachment, arrays_in
 from .experts.budget import needs
 from .experts.capacity import Capacity, resolve_capacity
 from .experts.lowbit import low_bit_bytes
@@ -22,6 +22,7 @@ from .experts.misses import LowBit, MissAction, checked_budget, resolve_action
 from .experts.pins import Pins, PinsLike, resolve_pins, with_profile
 from .experts.policies import Policy, PolicyMaker, make_policy
 from .experts.profile import Profile
+from .experts.source import find_origins
 from .families import SwitchSite, find_switches
 from .lab import Lab
 
@@ -38,6 +39,7 @@ def load(
     context: int | None = None,
     kv_bits: int | None = None,
     dtype: str | None = None,
+    pack: bool | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Lab:
@@ -64,6 +66,9 @@ def load(
         kv_bits: Bits of the cache that this room is for: 8, 4 or None for the model's own type.
             What a cache is made with is `kv_bits` of `Lab.generate`.
         dtype: `"float32"` converts 16-bit floats while loading; None keeps the checkpoint's.
+        pack: Whether to read the experts from a pack file (see `moelab.pack`): True makes one if
+            there is none, False reads the checkpoint itself, None takes the file if there is one
+            and makes it only where the checkpoint's experts cannot be read one at a time.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: As in `mlx_lm.load`.
 
@@ -72,7 +77,8 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, its files are damaged, it has no routed
-            experts, or its experts cannot be read one at a time.
+            experts, its experts cannot be read one at a time, or its pack file cannot be used
+            or made.
         CapacityError: If the capacity is under a layer's top-k or over its number of experts, too
             little memory is there or allowed, or both a capacity and a budget were given.
     """
@@ -113,10 +119,14 @@ def load(
         whole=context is not None,
     )
     capacities = settled.capacities
-    partial = [c < site.experts for c, site in zip(capacities, sites, strict=True)]
+    partial = [site for c, site in zip(capacities, sites, strict=True) if c < site.experts]
+    found = iter(
+        find_origins(
+            folder, partial, trace, spans, packed=pack, trust_remote_code=trust_remote_code
+        )
+    )
     origins = [
-        origins_of(site, trace, spans) if part else {}
-        for site, part in zip(sites, partial, strict=True)
+        next(found) if c < site.experts else {} for c, site in zip(capacities, sites, strict=True)
     ]
     spec = with_profile(pins)
     orders = None

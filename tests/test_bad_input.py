@@ -188,7 +188,8 @@ def test_experts_that_mlx_lm_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         return {k: v * 1 if "up_proj.scales" in k else v for k, v in weights.items()}
 
     monkeypatch.setattr(Model, "sanitize", sanitize)
-    refused(CheckpointError, "up_proj.scales is computed by mlx-lm", "mlx_lm.convert", capacity=4)
+    texts = ("up_proj.scales is computed by mlx-lm", "`moelab pack`")
+    refused(CheckpointError, *texts, capacity=4, pack=False)
     with moelab.load(stock.folder("olmoe"), 16) as lab:
         lab.generate([5], 2)
     del lab
@@ -225,7 +226,50 @@ def test_cut_off_after_loading(tmp_path: Path, layout: dict[str, Any], cached: b
             lab.generate(tiny.prompt(20), 6)
         for file, content in whole.items():
             file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="written to since"):
+            lab.generate(tiny.prompt(20), 6)
+    with moelab.load(path, 4) as lab:
         assert stock.same_steps(stock.steps(lab.stream(tiny.prompt(20), 6)), want)
+    del lab, running
+
+
+def _flip(file: Path) -> None:
+    """Changes every byte after the header, where they are."""
+    start = tiny.read_header(file)[1] if file.suffix == ".safetensors" else 16384
+    with file.open("r+b") as stream:
+        stream.seek(start)
+        rest = stream.read()
+        stream.seek(start)
+        stream.write(bytes(255 - byte for byte in rest))
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"layout": "per_expert", "shards": 2}, None], ids=["stacked", "own", "packed"]
+)
+def test_a_file_that_changes_after_loading(tmp_path: Path, layout: dict[str, Any] | None) -> None:
+    """Written to in place it is noticed; where another takes its name, the old one is read on."""
+    path = tiny.build(tmp_path / "model", "olmoe", **(layout or {}))
+    if layout is None:
+        moelab.pack(path, progress=False)
+    files = tiny.shard_files(path) if layout is not None else [path / "experts.moepack"]
+    want = stock.stock_steps(stock.folder("olmoe"), tiny.prompt(20), 6)
+    with moelab.load(path, 4) as lab:
+        for file in files:
+            other = tmp_path / file.name
+            other.write_bytes(file.read_bytes())
+            _flip(other)
+            other.replace(file)
+        assert stock.same_steps(stock.steps(lab.stream(tiny.prompt(20), 6)), want)
+    for file in files:
+        _flip(file)
+    with moelab.load(path, 4) as lab:
+        running = iter(lab.stream(tiny.prompt(20), 6))
+        next(running)
+        for file in files:
+            _flip(file)
+        with pytest.raises(CheckpointError, match=r"was written to since .*Load the model again"):
+            for _ in running:
+                lab.reset()
     del lab, running
 
 

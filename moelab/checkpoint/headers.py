@@ -46,7 +46,10 @@ class TensorSpan:
     offset: int
     """First byte, counted from the start of the file."""
     nbytes: int
-    """Length in bytes; the tensor is contiguous and in row-major order."""
+    """Length in bytes, gaps not counted; what lies between gaps is in row-major order."""
+    stride: int | None = None
+    """Bytes from one row of the first axis to the next where there are gaps, as in a pack file;
+    None where the tensor is contiguous."""
 
 
 def shard_paths(folder: Path) -> list[Path]:

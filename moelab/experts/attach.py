@@ -213,8 +213,8 @@ def origins_of(
         if names is None or not all(name in spans for name in names):
             raise CheckpointError(
                 f"{site.path}.{projection}.{key} is computed by mlx-lm while it loads this "
-                "checkpoint, so its experts cannot be read one at a time. Convert the model with "
-                "`mlx_lm.convert` and give the folder that this makes."
+                "checkpoint, so its experts cannot be read one at a time. Write them to a pack "
+                "file with `moelab pack`, which is what `moelab.load` does unless pack=False."
             )
         found[projection, key] = tuple(spans[name] for name in names)
         _check_size(site, projection, key, array, found[projection, key])

@@ -18,8 +18,9 @@ import numpy as np
 from ..checkpoint.headers import TensorSpan
 from ..errors import MoelabError
 from ..families import SwitchSite
-from .loader import ExpertLoader, Files, TensorRows
+from .loader import ExpertLoader, TensorRows
 from .policies import LRU, Policy
+from .readers import Files
 from .residency import Load, Residency
 
 

@@ -56,16 +56,17 @@ class Weighted(mx.array):
     hook: Callable[[mx.array], mx.array]
 
     def __mul__(self, factor: Any) -> mx.array:
-        return super().__mul__(self._seen(factor))
+        return super().__mul__(self.seen(factor))
 
     def __rmul__(self, factor: Any) -> mx.array:
-        return super().__rmul__(self._seen(factor))
+        return super().__rmul__(self.seen(factor))
 
     def astype(self, dtype: mx.Dtype, stream: Any = None) -> Weighted:
         """Converts, still watching."""
         return weighted(super().astype(dtype, stream=stream), self.shape_of_factor, self.hook)
 
-    def _seen(self, factor: Any) -> Any:
+    def seen(self, factor: Any) -> Any:
+        """Shows the hook a factor that is going to be applied; returns what to apply instead."""
         # One factor for each expert's output; a scale, or an elementwise product, is none.
         if isinstance(factor, mx.array) and factor.shape == self.shape_of_factor:
             return self.hook(factor)

@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from ..experts.event import LayerEvent, noting
 from ..experts.residency import Load
-from ..families import SwitchSite
+from ..families import SwitchSite, opened_block
 from .loop import LoopView, view
 
 
@@ -112,6 +112,10 @@ class StepWatch:
                 object.__setattr__(self._switches[site.layer], "observer", self._observe)
             else:
                 self._exchange(site.switch, functools.partial(self._stock, site.layer))
+            opened = opened_block(type(site.parent))
+            if opened is not None:
+                self._exchanged.append((site.parent, type(site.parent)))
+                site.parent.__class__ = opened
         self._exchange(self._model, self._forward)
 
     def _exchange(self, module: nn.Module, around: Callable[..., Any]) -> None:

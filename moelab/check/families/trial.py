@@ -1,0 +1,261 @@
+"""One family's trial: a tiny checkpoint is built and run with half of its experts in memory."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...errors import CheckpointError
+from ...families import find_switches
+from ...lab import Lab
+from ..exact import compare
+from .build import QUANT, build, prompt
+from .configs import CONFIGS, QUANTS, SEEDS, config_of
+from .oracle import NOT_VALID, applied_weights, noted_arguments, recorded_weights
+
+Answer = Literal["yes", "no", "–"]
+
+RUNS = ((72, 4), (5, 6), (1, 2))
+"""Tokens of a prompt, long enough to need more experts than half, and decoded tokens after it."""
+
+NO_SWITCH: dict[str, str] = {
+    "dbrx": "its experts are separate modules that Python calls one after another: there is no "
+    "switch that a bank could stand for",
+}
+"""Families with experts that moelab does not run, and why."""
+
+NEEDS_METAL: dict[str, str] = {
+    "muse_spark": "mlx-lm computes its attention, routing and sum in Metal kernels of its own, "
+    "so that stock mlx-lm cannot run it here either",
+}
+"""Families that run on Apple's GPUs only."""
+
+CLOSE = 2e-6
+"""Recorded weights may differ from the oracle's by so much, relatively: float32, scaled."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """What was found about one family."""
+
+    family: str
+    experts: str = "–"
+    """MoE layers × experts, top-k."""
+    direct: Answer = "–"
+    """The bank reads experts from the checkpoint itself."""
+    packed: Answer = "–"
+    """The bank reads them from a pack file."""
+    exact: Answer = "–"
+    """Logits equal stock mlx-lm's, every bit, in prefill and decode; and again after closing."""
+    weights: Answer = "–"
+    """Recorded gate weights are the factors that the block applies."""
+    notes: list[str] = field(default_factory=list)
+    failed: bool = False
+    """Something is wrong that no list explains."""
+
+    def fail(self, why: str) -> None:
+        """Notes a failure."""
+        self.failed = True
+        self.notes.append(why)
+
+
+class _Broken(Exception):
+    """What a trial found to be wrong."""
+
+
+def try_family(family: str, folder: Path) -> Trial:
+    """Runs a family's trial.
+
+    Args:
+        family: mlx-lm's module.
+        folder: An empty folder of its own.
+
+    Returns:
+        What was found; a failure is noted in it and not raised.
+    """
+    trial = Trial(family)
+    if family not in CONFIGS:
+        trial.fail(
+            "no tiny configuration: add one to moelab/check/families/configs.py, or, if moelab "
+            "cannot run it, say why in trial.py as well"
+        )
+        return trial
+    impossible = NO_SWITCH.get(family)
+    if not mx.metal.is_available():
+        impossible = impossible or NEEDS_METAL.get(family)
+    before = mx.default_device()
+    # On a GPU the kernel of a prefill depends on the number of slots, and with it the last bits.
+    mx.set_default_device(mx.gpu if family in NEEDS_METAL and impossible is None else mx.cpu)
+    try:
+        if impossible is None:
+            _try(trial, folder)
+        else:
+            _be_refused(trial, folder, impossible)
+    except Exception as error:  # whatever a family does, the table goes on
+        trial.fail(str(error) if isinstance(error, _Broken) else f"{error!r}")
+    finally:
+        mx.set_default_device(before)
+    return trial
+
+
+def _be_refused(trial: Trial, folder: Path, why: str) -> None:
+    """Makes sure that what is listed as impossible is refused, and not half done."""
+    from ...loading import load
+
+    build(folder, config_of(trial.family), chat_template=True)
+    try:
+        load(folder, 0.5).close()
+    except CheckpointError:
+        trial.notes.append(why)
+    else:
+        raise _Broken(f"moelab loads it, although it is listed as impossible: {why}")
+
+
+def _try(trial: Trial, folder: Path) -> None:
+    from ...checkpoint.pack import pack
+    from ...loading import load
+
+    family = trial.family
+    build(
+        folder,
+        config_of(family),
+        quant=QUANTS.get(family, QUANT),
+        seed=SEEDS.get(family, 0),
+        chat_template=True,  # without one mlx-lm looks for muse_spark's, which it lacks
+    )
+    model = _stock(folder)
+    sites = find_switches(model, family)
+    top_k = sorted({site.top_k for site in sites})
+    trial.experts = f"{len(sites)} × {sites[0].experts}, top-{'/'.join(map(str, top_k))}"
+    with noted_arguments(sites) as arguments:
+        wanted = logits(model)
+    oracle = {}
+    if family in NOT_VALID:
+        trial.notes.append(NOT_VALID[family])
+    else:
+        oracle = {
+            site.layer: np.concatenate(
+                [applied_weights(family, site, args) for args in arguments[site.layer]]
+            )
+            for site in sites
+        }
+    try:
+        lab = load(folder, 0.5, pack=False)
+        trial.direct = "yes"
+    except CheckpointError as error:
+        trial.direct = "no"
+        trial.notes.append(str(error))
+        pack(folder, progress=False)
+        lab = load(folder, 0.5, pack=True)
+        trial.packed = "yes"
+    _compare(trial, lab, model, wanted, oracle)
+    if trial.packed != "yes":
+        _compare_packed(trial, folder, wanted)
+
+
+def _compare_packed(trial: Trial, folder: Path, wanted: list[mx.array]) -> None:
+    """Compares once more, with the experts from a pack file."""
+    from ...checkpoint.pack import pack
+    from ...loading import load
+
+    trial.exact = trial.packed = "no"
+    file = pack(folder, progress=False).stat()
+    with load(folder, 0.5, pack=True) as lab:
+        pieces = [p for bank in lab.attachment.bank.layers for p in bank.loader.pieces(0)]
+        if not all(os.path.samestat(os.fstat(fd), file) for fd, _, _ in pieces):
+            raise _Broken("there is a pack file, and the experts are read from elsewhere")
+        _equal(logits(lab.model), wanted, "with experts from a pack file")
+    trial.exact = trial.packed = "yes"
+
+
+def _compare(
+    trial: Trial,
+    lab: Lab,
+    model: nn.Module,
+    wanted: list[mx.array],
+    oracle: dict[int, np.ndarray],
+) -> None:
+    """Compares a lab with the stock model, recorded and not, and after it was closed."""
+    trial.exact = "no"  # unless what follows comes to its end
+    with lab:
+        _equal(logits(lab.model), wanted, "with half of the experts")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with lab.record() as recording:
+                _equal(logits(lab.model), wanted, "while it is recorded")
+        _check_proof(recording, {bank.layer: bank.capacity for bank in lab.attachment.bank.layers})
+    if [type(m) for m in lab.model.modules()] != [type(m) for m in model.modules()]:
+        raise _Broken("after closing the model is not made of the same modules")
+    _equal(logits(lab.model), wanted, "after closing")
+    trial.exact = "yes"
+    if not oracle:
+        if recording.routing["weight"].notna().any():
+            raise _Broken("weights are recorded, although there are said to be none")
+        return
+    trial.weights = "no"
+    if said:
+        raise _Broken(str(said[0].message))
+    _compare_weights(recording, oracle)
+    trial.weights = "yes"
+
+
+def logits(model: Any) -> list[mx.array]:
+    """Runs `RUNS`, each on a cache of its own, and returns what every forward pass gave."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    found = []
+    for seed, (length, decoded) in enumerate(RUNS):
+        tokens = prompt(length + decoded, seed)
+        cache = make_prompt_cache(model)
+        for chunk in [tokens[:length], *([t] for t in tokens[length:])]:
+            found.append(model(mx.array([chunk]), cache=cache))
+            mx.eval(found)
+    return found
+
+
+def _stock(folder: Path) -> nn.Module:
+    from mlx_lm.utils import load_model
+
+    model: nn.Module = load_model(folder)[0]
+    return model
+
+
+def _equal(got: list[mx.array], wanted: list[mx.array], when: str) -> None:
+    if not all(mx.isfinite(array).all().item() for array in wanted):
+        raise _Broken("stock mlx-lm's logits are not finite: the tiny checkpoint is no good")
+    difference = compare(got, wanted)
+    if not difference.equal:
+        raise _Broken(f"logits {when} differ from stock mlx-lm's by {difference.max_rel}")
+
+
+def _check_proof(recording: Any, capacities: dict[int, int]) -> None:
+    """Makes sure that a run proves something: a prefill was swept, and experts left in decode."""
+    routing = recording.routing
+    first = routing[(routing["run"] == 0) & (routing["step"] == 0)]
+    for layer, capacity in capacities.items():
+        needed = first.loc[first["layer"] == layer, "expert"].nunique()
+        if needed <= capacity:
+            raise _Broken(f"layer {layer}'s prefill needs {needed} experts only: nothing is swept")
+    # The sweep has filled every slot, so that each of these made another expert leave.
+    if routing.loc[routing["phase"] == "decode", "hit"].all():
+        raise _Broken("nothing was missing in decoding: no expert had to leave")
+    runs = [rows.tolist() for _, rows in recording.tokens.groupby("run")["position"]]
+    if runs != [list(range(length + decoded)) for length, decoded in RUNS]:
+        raise _Broken("recorded positions are not those of the tokens")
+
+
+def _compare_weights(recording: Any, oracle: dict[int, np.ndarray]) -> None:
+    for layer, expected in oracle.items():
+        got = recorded_weights(recording.routing, recording.tokens, layer, expected.shape[1])
+        if got.shape != expected.shape:
+            raise _Broken(f"layer {layer}: weights of {len(got)} tokens, not {len(expected)}")
+        if not np.allclose(got, expected, rtol=CLOSE, atol=CLOSE / 4):
+            worst = float(np.abs(got - expected).max())
+            raise _Broken(f"layer {layer}: recorded weights differ from the block's by {worst}")
