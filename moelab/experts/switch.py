@@ -7,7 +7,7 @@ around it, router, weights and shared experts, is untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +16,13 @@ import numpy as np
 
 from ..errors import AttachedError
 from .bank import LayerBank
+from .residency import Load
 
 EAGER_BYTES = 1 << 17
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
+
+SPLIT_BYTES = 4 << 20
+"""A sweep's round that reads more than this is read in two halves, one while the other computes."""
 
 Observer = Callable[[int, np.ndarray, frozenset[int] | None, mx.array], Any]
 """Called with layer, ids (tokens, top-k), the missing experts (None: all are always resident) and
@@ -116,22 +120,53 @@ class PartialSwitch(nn.Module):
     def _sweep(
         self, x: mx.array, ids: np.ndarray, needed: list[int], misses: list[int]
     ) -> mx.array:
-        """Computes each round's (token, expert) pairs by themselves, then puts them in order."""
+        """Computes the experts in batches, each as soon as it was read, then orders the outputs.
+
+        While a batch computes the next is read: a read waits only for the batches that use the
+        slots which it overwrites. Who is read when, and who stays, is the residency's to say.
+        """
         layer: LayerBank = self._bank
         pairs = ids.reshape(-1)
         tokens = x.reshape(-1, x.shape[-1])
         top_k = ids.shape[-1]
+        # Of each expert: where its (token, rank) pairs are in `pairs`.
+        grouped = np.argsort(pairs, kind="stable")
+        where = dict(zip(needed, np.split(grouped, np.flatnonzero(np.diff(pairs[grouped])) + 1),
+                         strict=True))  # fmt: skip
         outputs: list[mx.array] = []
         order: list[np.ndarray] = []
-        for served in layer.residency.rounds(needed, misses):
-            layer.load(served.loads)
-            chosen = np.flatnonzero(np.isin(pairs, served.serve))
+        batch_using: dict[int, mx.array] = {}
+
+        def compute(experts: Sequence[int]) -> None:
+            chosen = np.concatenate([where[expert] for expert in experts])
             slots = layer.slot_table()[pairs[chosen]]
             y = layer.switch(tokens[mx.array(chosen // top_k)], mx.array(slots[:, None]))
-            # Before the next round overwrites the slots that this one read.
-            mx.eval(y)
+            mx.async_eval(y)
+            batch_using.update((layer.residency.slot_of[expert], y) for expert in experts)
             outputs.append(y.squeeze(-2))
             order.append(chosen)
+
+        for served in layer.residency.rounds(needed, misses):
+            read = {load.expert for load in served.loads}
+            resident = [expert for expert in served.serve if expert not in read]
+            if resident:
+                compute(resident)
+            for batch in _halves(served.loads, layer.loader.expert_disk_bytes):
+                mx.eval([batch_using[slot] for _, slot, _ in batch if slot in batch_using])
+                layer.load(batch)
+                if batch:
+                    compute([load.expert for load in batch])
         back = np.argsort(np.concatenate(order))
         y = mx.concatenate(outputs)[mx.array(back)]
         return y.reshape(*ids.shape, y.shape[-1])
+
+
+def _halves(loads: Sequence[Load], expert_bytes: int) -> list[Sequence[Load]]:
+    """Splits a round's loads in two, so that one half computes while the other is read.
+
+    A few small experts are read in less time than another batch costs, and stay together.
+    """
+    if len(loads) < 2 or len(loads) * expert_bytes < SPLIT_BYTES:
+        return [loads]
+    half = (len(loads) + 1) // 2
+    return [loads[:half], loads[half:]]
