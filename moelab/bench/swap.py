@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..families import SwitchSite
 
 FLAT = 0.1
-"""A cost that grows by less than this share from the smallest to the largest C is flat."""
+"""A cost that changes by less than this share from the smallest to the largest C is flat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,11 @@ class Growth:
     @property
     def verdict(self) -> str:
         """Whether the cost is flat, as far as the interval says."""
-        if self.growth.high < FLAT:
-            return "flat"
-        return "grows with C" if self.growth.low > FLAT else "not certain"
+        if self.growth.low > FLAT:
+            return "grows with C"
+        if self.growth.high < -FLAT:
+            return "falls with C"
+        return "flat" if -FLAT < self.growth.low <= self.growth.high < FLAT else "not certain"
 
 
 @dataclass(frozen=True, slots=True)
