@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backend import use_openblas
     from .errors import (
         AttachedError,
         CapacityError,
@@ -39,6 +40,7 @@ _HOME = {
     "stream_generate": "oneshot",
     "Recording": "routing.recording",
     "read_recording": "routing.recording",
+    "use_openblas": "backend",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "read_recording",
     "release",
     "stream_generate",
+    "use_openblas",
 ]
 
 

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import MoelabError
-from .experts.capacity import Capacity
+
+if TYPE_CHECKING:
+    from .experts.capacity import Capacity  # not at run time: it imports mlx, see backend.py
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
+        if getattr(arguments, "model", None) not in (None, "bench"):
+            from .backend import use_openblas_for
+
+            use_openblas_for(arguments.model)
         return command(arguments)
     except MoelabError as error:
         print(f"moelab: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backend import tell_of_openblas
 from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
@@ -56,6 +57,7 @@ def load(
     model, config, trace = load_traced(folder, trust_remote_code=trust_remote_code)
     sites = find_switches(model, config["model_type"])
     check_backend(sites, dtype)
+    tell_of_openblas(config, sum(span.nbytes for span in spans.values()))
     expert_arrays = {id(array) for site in sites for _, _, array in site.tensors()}
     trunk = [a for a in arrays_in(all_parameters(model)) if id(a) not in expert_arrays]
     growth = 2 if dtype == "float32" else 1

@@ -14,12 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..backend import openblas_in_use
 from ..errors import AttachedError
 from .bank import LayerBank
 from .residency import Load
 
 EAGER_BYTES = 1 << 17
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
+
+STOCK_SORTS = 64
+"""From so many (token, expert) pairs on, the stock switch sorts them by expert."""
 
 SPLIT_BYTES = 4 << 20
 """A sweep's round that reads more than this is read in two halves, one while the other computes."""
@@ -137,14 +141,19 @@ class PartialSwitch(nn.Module):
         order: list[np.ndarray] = []
         batch_using: dict[int, mx.array] = {}
 
+        least = STOCK_SORTS if pairs.size >= STOCK_SORTS and _bits_differ(layer.switch) else 0
+
         def compute(experts: Sequence[int]) -> None:
             chosen = np.concatenate([where[expert] for expert in experts])
+            count = len(chosen)
+            if count < least:
+                chosen = np.pad(chosen, (0, least - count), mode="edge")
             slots = layer.slot_table()[pairs[chosen]]
             y = layer.switch(tokens[mx.array(chosen // top_k)], mx.array(slots[:, None]))
             mx.async_eval(y)
             batch_using.update((layer.residency.slot_of[expert], y) for expert in experts)
-            outputs.append(y.squeeze(-2))
-            order.append(chosen)
+            outputs.append(y.squeeze(-2)[:count] if count < least else y.squeeze(-2))
+            order.append(chosen[:count])
 
         for served in layer.residency.rounds(needed, misses):
             read = {load.expert for load in served.loads}
@@ -159,6 +168,19 @@ class PartialSwitch(nn.Module):
         back = np.argsort(np.concatenate(order))
         y = mx.concatenate(outputs)[mx.array(back)]
         return y.reshape(*ids.shape, y.shape[-1])
+
+
+def _bits_differ(switch: nn.Module) -> bool:
+    """Whether the stock switch gives other bits for few pairs, unsorted, than for many.
+
+    So it is with unquantised experts and OpenBLAS: the rows of sorted and of unsorted pairs have
+    other strides, for which OpenBLAS has other kernels. A batch of few pairs of an event of many
+    is then filled up with pairs that nobody needs.
+    """
+    return openblas_in_use() and any(
+        hasattr(projection, "num_experts") and "scales" not in projection
+        for projection in switch.values()
+    )
 
 
 def _halves(loads: Sequence[Load], expert_bytes: int) -> list[Sequence[Load]]:
