@@ -40,6 +40,11 @@ class PartialSwitch(nn.Module):
         bank: The layer's slots.
         original: The switch that this one stands for. Attributes that the family reads from its
             switch are answered by it.
+
+    Attributes:
+        observer: Told of every event, or None.
+        unread: For the model's last layer: says whether nobody will read this pass's output, so
+            that a prompt's chunk loads its experts and computes nothing. None: always read.
     """
 
     def __init__(self, bank: LayerBank, original: nn.Module) -> None:
@@ -48,6 +53,7 @@ class PartialSwitch(nn.Module):
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "original", original)
         object.__setattr__(self, "observer", None)
+        object.__setattr__(self, "unread", None)
         self["slots"] = bank.switch  # a child: the slots count as the model's memory
 
     def __getattr__(self, key: str) -> Any:
@@ -115,6 +121,12 @@ class PartialSwitch(nn.Module):
         ids = np.array(indices, copy=False)
         needed = np.unique(ids).tolist()
         misses = layer.begin(needed)
+        if self.unread is not None and self.observer is None and self.unread():
+            # Stock never computes this: it is lazy. Should anybody read it after all, it shows.
+            for served in layer.residency.rounds(needed, misses):
+                layer.load(served.loads)
+            nothing = mx.broadcast_to(mx.array(float("nan"), x.dtype), (*ids.shape, x.shape[-1]))
+            return nothing, misses
         if layer.residency.fits(needed):
             if misses:
                 layer.load(layer.residency.admit(needed, misses))
@@ -141,7 +153,7 @@ class PartialSwitch(nn.Module):
         order: list[np.ndarray] = []
         batch_using: dict[int, mx.array] = {}
 
-        least = STOCK_SORTS if pairs.size >= STOCK_SORTS and _bits_differ(layer.switch) else 0
+        least = STOCK_SORTS if pairs.size >= STOCK_SORTS and _bits_differ(self.original) else 0
 
         def compute(experts: Sequence[int]) -> None:
             chosen = np.concatenate([where[expert] for expert in experts])
