@@ -4,7 +4,8 @@ An expert is read straight into its slot, so the cost should not depend on C; a 
 new array for every change would copy all C experts. Two things are timed, since a lazy copy would
 hide in the second: the fill alone, and the fill with the first computation that uses the slot.
 
-In each round every C is measured, in random order, on the same experts. A straight line through a
+In each round every C is measured, in random order, on the same experts; the median of a round's
+fills counts, so that one that the system interrupted does not. A straight line through a
 round's points gives how much more a fill costs at the largest C than at the smallest; the median
 of that over rounds, with its interval, is the verdict. Page cache warm.
 """
@@ -47,8 +48,6 @@ class Growth:
     """Microseconds more for each further slot."""
     growth: Interval
     """Of the fitted line: cost at the largest C over cost at the smallest, minus 1."""
-    if_copied: float
-    """What `growth` would be if every fill rewrote all C slots."""
 
     @property
     def verdict(self) -> str:
@@ -78,7 +77,7 @@ class SwapResult:
     """The fill and the first computation that uses it."""
     machine: Machine
     seconds: dict[str, list[float]] = field(repr=False)
-    """Every contestant's time in every round, for `fills` fills."""
+    """Every contestant's time in every round: the median of its fills."""
 
     def page(self) -> str:
         """Returns the result as Markdown."""
@@ -87,7 +86,8 @@ class SwapResult:
             "",
             f"{self.rounds} rounds of {self.fills} fills in random order, one expert of "
             f"{size(self.expert_bytes)} each, page cache warm; medians, with 95% bootstrap "
-            f"intervals over rounds. {pages.machine_line(self.machine)}",
+            "intervals over rounds. If a fill rewrote all C slots, its cost would grow "
+            f"{self.capacities[-1] / self.capacities[0]:.0f}-fold. {pages.machine_line(self.machine)}",
             "",
             "| C | a fill | GB/s | a fill and its first use |",
             "|---|---|---|---|",
@@ -106,7 +106,7 @@ class SwapResult:
                 f"{self.capacities[-1]} it changes by {100 * found.growth.median:+.1f}% "
                 f"[{100 * found.growth.low:+.1f}%, {100 * found.growth.high:+.1f}%] "
                 f"({found.slope.median:+.3f} [{found.slope.low:+.3f}, {found.slope.high:+.3f}] µs "
-                f"a slot); if every fill copied all slots it would be {found.if_copied:+.0%}.",
+                "a slot).",
             ]
         return "\n".join(lines)
 
@@ -141,7 +141,6 @@ def growth(capacities: Sequence[int], microseconds: np.ndarray) -> Growth:
         microseconds=np.median(microseconds, axis=0).tolist(),
         slope=median_interval(slopes),
         growth=median_interval(slopes * (c[-1] - c[0]) / first),
-        if_copied=float(c[-1] / c[0] - 1),
     )
 
 
@@ -189,7 +188,7 @@ def bench_swap(
         seconds = run_rounds(contestants, rounds, seed=seed, progress=progress)
 
         def costs(kind: str) -> np.ndarray:
-            return np.stack([seconds[f"C={c} {kind}"] for c in layers], axis=1) * 1e6 / fills
+            return np.stack([seconds[f"C={c} {kind}"] for c in layers], axis=1) * 1e6
 
         return SwapResult(
             model=str(name_or_path),
@@ -210,11 +209,13 @@ def _fills(layer: LayerBank, experts: list[list[int]]) -> Contestant:
     """Fills slots with a round's experts, one after another; nothing else is in flight."""
 
     def run(number: int) -> float:
-        loads = [[Load(e, i % layer.capacity, None)] for i, e in enumerate(experts[number])]
-        begin = time.perf_counter()
-        for load in loads:
+        taken = []
+        for i, expert in enumerate(experts[number]):
+            load = [Load(expert, i % layer.capacity, None)]
+            begin = time.perf_counter()
             layer.loader.read(load)
-        return time.perf_counter() - begin
+            taken.append(time.perf_counter() - begin)
+        return float(np.median(taken))
 
     return run
 
@@ -222,19 +223,18 @@ def _fills(layer: LayerBank, experts: list[list[int]]) -> Contestant:
 def _uses(layer: LayerBank, experts: list[list[int]], site: SwitchSite) -> Contestant:
     """Fills a slot, then lets one token use it and the next top-k − 1, over and over."""
     width = next(iter(site.projections.values())).input_dims
-    top_k = site.top_k
     x = mx.random.normal((1, 1, width), key=mx.random.key(0))
     mx.eval(x)
 
     def run(number: int) -> float:
-        taken = 0.0
+        taken = []
         for i, expert in enumerate(experts[number]):
-            slots = mx.array([[[(i + k) % layer.capacity for k in range(top_k)]]], mx.uint32)
+            slots = mx.array([[[(i + k) % layer.capacity for k in range(site.top_k)]]], mx.uint32)
             mx.eval(slots)
             begin = time.perf_counter()
             layer.loader.read([Load(expert, i % layer.capacity, None)])
             mx.eval(layer.switch(x, slots))
-            taken += time.perf_counter() - begin
-        return taken
+            taken.append(time.perf_counter() - begin)
+        return float(np.median(taken))
 
     return run
