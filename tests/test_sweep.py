@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +17,13 @@ from moelab.lab import Lab
 from tests.support import stock, tiny
 
 LENGTHS = (40, 25, 1, 3, 60)
+
+Split = Callable[[Sequence[Load]], list[Sequence[Load]]]
+
+
+def whole(loads: Sequence[Load]) -> list[Sequence[Load]]:
+    """A round that is read as a whole."""
+    return [loads]
 
 
 def run(lab: Lab) -> tuple[list[mx.array], stock.Tally]:
@@ -38,8 +45,8 @@ def test_halves_change_nothing(family: str, share: int, monkeypatch: pytest.Monk
     capacity = tiny.capacities(family)[share]
     model, _ = stock.stock(path)
     seen = []
-    for limit in (1 << 60, 1):
-        monkeypatch.setattr(switch_module, "SPLIT_BYTES", limit)
+    for split in (whole, switch_module._halves):
+        monkeypatch.setattr(switch_module, "_halves", split)
         with moelab.load(path, capacity) as lab:
             outputs, tally = run(lab)
         assert tally.sweeps and tally.evictions
@@ -52,19 +59,18 @@ def test_halves_change_nothing(family: str, share: int, monkeypatch: pytest.Monk
 
 def test_halves() -> None:
     loads = [Load(e, e, None) for e in range(5)]
-    size = switch_module.SPLIT_BYTES
-    assert switch_module._halves(loads, size) == [loads[:3], loads[3:]]
-    assert switch_module._halves(loads, 1) == [loads]
-    assert switch_module._halves(loads[:1], size) == [loads[:1]]
-    assert switch_module._halves([], size) == [[]]
+    assert switch_module._halves(loads) == [loads[:3], loads[3:]]
+    assert switch_module._halves(loads[:2]) == [loads[:1], loads[1:2]]
+    assert switch_module._halves(loads[:1]) == [loads[:1]]
+    assert switch_module._halves([]) == [[]]
 
 
-@pytest.mark.parametrize("limit", [1, 1 << 60])
+@pytest.mark.parametrize("split", [whole, switch_module._halves], ids=["whole", "halves"])
 def test_a_slot_is_overwritten_only_after_what_used_it(
-    limit: int, monkeypatch: pytest.MonkeyPatch
+    split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each read, whatever was computed from its slots in this sweep has been evaluated."""
-    monkeypatch.setattr(switch_module, "SPLIT_BYTES", limit)
+    monkeypatch.setattr(switch_module, "_halves", split)
     evaluated: list[mx.array] = []
     evaluate, load = mx.eval, LayerBank.load
     users: list[tuple[LayerBank, set[int], mx.array]] = []
@@ -105,7 +111,6 @@ def test_a_slot_is_overwritten_only_after_what_used_it(
 
 def test_an_interrupted_sweep_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off at any load, with the other half under way, the next run is right."""
-    monkeypatch.setattr(switch_module, "SPLIT_BYTES", 1)
     path = stock.folder("olmoe")
     model, _ = stock.stock(path)
     tokens = mx.array([tiny.prompt(40)])

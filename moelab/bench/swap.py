@@ -51,12 +51,12 @@ class Growth:
 
     @property
     def verdict(self) -> str:
-        """Whether the cost is flat, as far as the interval says."""
+        """Whether the cost grows, as far as the interval says."""
         if self.growth.low > FLAT:
             return "grows with C"
-        if self.growth.high < -FLAT:
-            return "falls with C"
-        return "flat" if -FLAT < self.growth.low <= self.growth.high < FLAT else "not certain"
+        if self.growth.high >= FLAT:
+            return "not certain"
+        return "flat" if self.growth.low > -FLAT else "does not grow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ class SwapResult:
             f"{self.rounds} rounds of {self.fills} fills in random order, one expert of "
             f"{size(self.expert_bytes)} each, page cache warm; medians, with 95% bootstrap "
             "intervals over rounds. If a fill rewrote all C slots, its cost would grow "
-            f"{self.capacities[-1] / self.capacities[0]:.0f}-fold. {pages.machine_line(self.machine)}",
+            f"{self.capacities[-1] / self.capacities[0]:.0f}-fold. "
+            + pages.machine_line(self.machine),
             "",
             "| C | a fill | GB/s | a fill and its first use |",
             "|---|---|---|---|",

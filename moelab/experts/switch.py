@@ -25,9 +25,6 @@ EAGER_BYTES = 1 << 17
 STOCK_SORTS = 64
 """From so many (token, expert) pairs on, the stock switch sorts them by expert."""
 
-SPLIT_BYTES = 4 << 20
-"""A sweep's round that reads more than this is read in two halves, one while the other computes."""
-
 Observer = Callable[[int, np.ndarray, frozenset[int] | None, mx.array], Any]
 """Called with layer, ids (tokens, top-k), the missing experts (None: all are always resident) and
 the switch's output; what it returns is given to the block in the output's place."""
@@ -172,7 +169,7 @@ class PartialSwitch(nn.Module):
             resident = [expert for expert in served.serve if expert not in read]
             if resident:
                 compute(resident)
-            for batch in _halves(served.loads, layer.loader.expert_disk_bytes):
+            for batch in _halves(served.loads):
                 mx.eval([batch_using[slot] for _, slot, _ in batch if slot in batch_using])
                 layer.load(batch)
                 if batch:
@@ -195,12 +192,7 @@ def _bits_differ(switch: nn.Module) -> bool:
     )
 
 
-def _halves(loads: Sequence[Load], expert_bytes: int) -> list[Sequence[Load]]:
-    """Splits a round's loads in two, so that one half computes while the other is read.
-
-    A few small experts are read in less time than another batch costs, and stay together.
-    """
-    if len(loads) < 2 or len(loads) * expert_bytes < SPLIT_BYTES:
-        return [loads]
+def _halves(loads: Sequence[Load]) -> list[Sequence[Load]]:
+    """Splits a round's loads in two, so that one half computes while the other is read."""
     half = (len(loads) + 1) // 2
-    return [loads[:half], loads[half:]]
+    return [loads[:half], loads[half:]] if len(loads) > 1 else [loads]
