@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backend import use_openblas
     from .checkpoint.pack import pack
     from .discovery import discover
     from .errors import (
@@ -71,6 +72,7 @@ _HOME = {
     "read_recording": "routing.recording",
     "Replay": "routing.replay",
     "replay": "routing.replay",
+    "use_openblas": "backend",
 }
 
 __all__ = [
@@ -105,6 +107,7 @@ __all__ = [
     "replay",
     "spread_capacity",
     "stream_generate",
+    "use_openblas",
 ]
 
 

@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import MoelabError
-from .experts.capacity import Capacity
+
+if TYPE_CHECKING:
+    from .experts.capacity import Capacity  # not at run time: it imports mlx, see backend.py
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
+        if getattr(arguments, "model", None) not in (None, "bench"):
+            from .backend import use_openblas_for
+
+            use_openblas_for(arguments.model)
         return command(arguments)
     except MoelabError as error:
         print(f"moelab: {error}", file=sys.stderr)
@@ -112,8 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     _model(two)
     two.add_argument("--rounds", type=int, default=15, help="measured rounds (%(default)s)")
     two.add_argument("--tokens", type=int, default=64, help="tokens a round (%(default)s)")
-    two.add_argument("--seed", type=int, default=0, help="order of the rounds (%(default)s)")
-    two.add_argument("--out", default=None, help="folder for bench-decode.json and .md")
+    two.add_argument("--shares", type=_numbers(float), default=None, help=_SHARES)
+    two.add_argument("--policy", default="lru", help="names with commas, or all (%(default)s)")
+    two.add_argument("--on-miss", default="load", help="names with commas, or all (%(default)s)")
+    _bench(two, "decode")
     two.set_defaults(command=_bench_decode)
     two = kinds.add_parser("load", help="experts from disk into slots, against a bare read")
     two.add_argument(
@@ -123,12 +132,53 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--seed", type=int, default=0, help="order and experts (%(default)s)")
     two.add_argument("--out", default=None, help="folder for bench-load.json and .md")
     two.set_defaults(command=_bench_load)
+
+    two = kinds.add_parser("prefill", help="time to the first token, against stock")
+    _model(two)
+    two.add_argument("--rounds", type=int, default=7, help="measured rounds (%(default)s)")
+    two.add_argument("--lengths", type=_numbers(int), default=None, help="tokens: 64,256,1024")
+    two.add_argument("--shares", type=_numbers(float), default=None, help=_SHARES)
+    _bench(two, "prefill")
+    two.set_defaults(command=_bench_prefill)
+
+    two = kinds.add_parser("swap", help="cost of filling one slot, against the number of slots")
+    _model(two, "bench")
+    two.add_argument("--rounds", type=int, default=15, help="measured rounds (%(default)s)")
+    two.add_argument("--fills", type=int, default=32, help="slots filled a round (%(default)s)")
+    _bench(two, "swap")
+    two.set_defaults(command=_bench_swap)
     return parser
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
+_SHARES = "shares of the experts in memory, such as 0.5,0.25"
+
+
+def _bench(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds what every benchmark takes, and what its model may be besides."""
+    parser.add_argument("--seed", type=int, default=0, help="order of the rounds (%(default)s)")
+    parser.add_argument("--out", default=None, help=f"folder for bench-{name}.json and .md")
+    parser.epilog = (
+        "MODEL may also be 'bench': random weights with experts of realistic size, 1 GB, which is "
+        "made when first asked for and kept in the user's cache folder."
+    )
+
+
+def _numbers(kind: type[int] | type[float]) -> Callable[[str], list[float]]:
+    """Reads numbers with commas between them."""
+
+    def read(text: str) -> list[float]:
+        return [kind(part) for part in text.split(",")]
+
+    read.__name__ = f"list of {kind.__name__}"  # argparse names it when it fails
+    return read
+
+
+def _model(parser: argparse.ArgumentParser, default: str = "lab") -> None:
     parser.add_argument(
-        "model", nargs="?", default="lab", help="'lab' (shipped), a folder, or a name on the hub"
+        "model",
+        nargs="?",
+        default=default,
+        help=f"'lab' (shipped), a folder, or a name on the hub (default {default})",
     )
 
 
@@ -207,14 +257,47 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _bench_decode(arguments: argparse.Namespace) -> int:
-    from .bench.decode import bench_decode
+    from .bench.decode import SHARES, bench_decode
 
     result = bench_decode(
-        arguments.model, rounds=arguments.rounds, tokens=arguments.tokens, seed=arguments.seed
+        arguments.model,
+        rounds=arguments.rounds,
+        tokens=arguments.tokens,
+        shares=arguments.shares or SHARES,
+        policies=arguments.policy,
+        on_miss=arguments.on_miss,
+        seed=arguments.seed,
     )
+    return _shown(result, arguments.out)
+
+
+def _bench_prefill(arguments: argparse.Namespace) -> int:
+    from .bench.prefill import LENGTHS, SHARES, bench_prefill
+
+    result = bench_prefill(
+        arguments.model,
+        rounds=arguments.rounds,
+        lengths=arguments.lengths or LENGTHS,
+        shares=arguments.shares or SHARES,
+        seed=arguments.seed,
+    )
+    return _shown(result, arguments.out)
+
+
+def _bench_swap(arguments: argparse.Namespace) -> int:
+    from .bench.swap import bench_swap
+
+    result = bench_swap(
+        arguments.model, rounds=arguments.rounds, fills=arguments.fills, seed=arguments.seed
+    )
+    return _shown(result, arguments.out)
+
+
+def _shown(result: Any, folder: str | None) -> int:
+    """Prints a benchmark's page, and saves it where that was asked for."""
     print(result.page())
-    if arguments.out is not None:
-        result.save(Path(arguments.out))
+    if folder is not None:
+        result.save(Path(folder))
     return 0
 
 

@@ -20,6 +20,7 @@ from .experts.attach import Attachment, all_parameters, arrays_in
 from .experts.misses import MissAction, WrongSlot, checked_budget, resolve_action
 from .families import SwitchSite
 from .prompting import Prompt, Sampling, Template, recommended_sampling, to_tokens
+from .routing.loop import output_unread
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -103,6 +104,10 @@ class Lab:
         self._attachment = attachment
         self._spans = spans
         self._closed = False
+        # What a prompt's chunk computes in the last layer goes nowhere but to unread logits.
+        last = attachment.switches.get(len(getattr(model, "layers", ())) - 1)
+        if last is not None:
+            object.__setattr__(last, "unread", output_unread)
         self.sessions: list[RecordingSession] = []
         """Recordings that are under way, outermost first; they keep this list themselves."""
 

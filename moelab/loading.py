@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backend import tell_of_openblas
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.headers import read_headers
 from .checkpoint.provenance import load_traced
@@ -103,6 +104,7 @@ def load(
     copies = 0
     if isinstance(action, LowBit):
         copies = sum(low_bit_bytes(site, action.bits) for site in sites)
+    tell_of_openblas(config, sum(span.nbytes for span in spans.values()))
     settled = resolve_capacity(
         capacity,
         sites,

@@ -9,12 +9,11 @@ from disk in that round.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,9 @@ import numpy as np
 from ..experts.residency import Load
 from ..families import find_switches
 from ..machine import Machine, this_machine
+from . import pages
+from .combinations import DEFAULT, Combination, combinations, load_combination
+from .model import bench_folder
 from .rounds import Contestant, Ratio, ratio, run_rounds
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ PROMPT_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class CapacityResult:
-    """Decoding at one capacity."""
+    """Decoding at one capacity with one policy and one miss action."""
 
+    policy: str
+    on_miss: str
     share: float
     capacity: int
     tokens_per_second: float
@@ -49,11 +53,12 @@ class CapacityResult:
     of_stock: Ratio
     """Speed over stock's."""
     of_limit: Ratio
-    """Speed over the limit's: ids read back, and the same bytes read."""
-    recording: Ratio
-    """Speed while recording over speed while not."""
-    hit_rate: float
-    """Share of decode's loads that were avoided: 1 − loads ÷ routed slots."""
+    """Speed over the limit's: ids read back, which lossy actions need not, and the same bytes."""
+    recording: Ratio | None
+    """Speed while recording over speed while not; measured for the default policy and action."""
+    hit_rate: float | None
+    """Share of decode's loads that were avoided: 1 − loads ÷ routed slots. None where a miss is
+    not loaded."""
     loads_per_token: float
     bytes_per_token: float
 
@@ -74,33 +79,39 @@ class DecodeResult:
     capacities: list[CapacityResult]
     machine: Machine
     seconds: dict[str, list[float]] = field(repr=False)
-    """Every contestant's time in every round."""
+    """Every contestant's time in every round. Stock runs again beside each policy and action."""
 
     def page(self) -> str:
         """Returns the result as Markdown."""
-        m = self.machine
+        several = len({(c.policy, c.on_miss) for c in self.capacities}) > 1
+        plain = all((c.policy, c.on_miss) == DEFAULT for c in self.capacities)
+        exact = all(c.on_miss == "load" for c in self.capacities)
         lines = [
             f"# Decoding with part of the experts: {self.model}",
             "",
-            f"{self.rounds} rounds of {self.tokens} tokens in random order, greedy, exact; medians "
-            "of paired ratios with 95% bootstrap intervals over rounds. Page cache warm. "
-            f"{m.chip}, {m.cores} cores, {m.system}, MLX on {m.backend}, mlx {m.versions['mlx']}, "
-            f"mlx-lm {m.versions['mlx-lm']}; other programs used {m.busy:.0%} of the processor "
-            "just before.",
+            f"{self.rounds} rounds of {self.tokens} tokens in random order, greedy"
+            + (", exact; medians " if exact else "; exact where a miss is loaded; medians ")
+            + "of paired ratios with 95% bootstrap intervals over rounds. Page cache warm. "
+            + pages.machine_line(self.machine),
             "",
             f"- stock mlx-lm: {self.stock_tokens_per_second:.1f} tokens/s",
             f"- a second copy of stock ÷ stock (the noise): {self.stock_again}",
             f"- stock that reads the ids of every layer back ÷ stock: {self.read_back}",
             "",
-            "| experts in memory | tokens/s | ÷ stock | ÷ limit | recording ÷ not | hits "
-            "| read a token |",
-            "|---|---|---|---|---|---|---|",
+            ("" if plain else "| policy | on a miss ")
+            + "| experts in memory | tokens/s | ÷ stock | ÷ limit "
+            + ("| recording ÷ not " if plain else "")
+            + "| hits | read a token |",
+            "|---" * (7 if plain else 8) + "|",
         ]
         for c in self.capacities:
             lines.append(
-                f"| {c.capacity} ({c.share:.1%}) | {c.tokens_per_second:.1f} | {c.of_stock} "
-                f"| {c.of_limit if c.share < 1 else '–'} | {c.recording} | {c.hit_rate:.1%} "
-                f"| {c.bytes_per_token / 1e6:.2f} MB in {c.loads_per_token:.1f} loads |"
+                ("" if plain else f"| {c.policy} | {c.on_miss} ")
+                + f"| {c.capacity} ({c.share:.1%}) | {c.tokens_per_second:.1f} | {c.of_stock} "
+                + f"| {c.of_limit if c.share < 1 else '–'} "
+                + (f"| {c.recording or '–'} " if plain else "")
+                + (f"| {c.hit_rate:.1%} " if c.hit_rate is not None else "| – ")
+                + f"| {c.bytes_per_token / 1e6:.2f} MB in {c.loads_per_token:.1f} loads |"
             )
         lines += [
             "",
@@ -108,18 +119,18 @@ class DecodeResult:
             "that the lab read in the same round. At all experts the layers are stock, and there "
             "is nothing to read.",
         ]
+        if not exact:
+            lines.append(
+                "A lossy action waits for no ids: its limit is stock plus that bare read. It loads "
+                "between tokens, as its swap budget allows. Speed says nothing about its quality."
+            )
+        if several:
+            lines.append("Every policy and action was measured beside stock, in rounds of its own.")
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
         """Writes `bench-decode.md` and `bench-decode.json`, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in {
-            "bench-decode.md": self.page() + "\n",
-            "bench-decode.json": json.dumps(asdict(self), indent=1) + "\n",
-        }.items():
-            made = folder / f".{name}.{os.getpid()}"
-            made.write_text(text)
-            made.replace(folder / name)
+        pages.save(self, "bench-decode", folder)
 
 
 class ReadBack(nn.Module):
@@ -181,26 +192,30 @@ def bench_decode(
     rounds: int = 15,
     tokens: int = 64,
     shares: Sequence[float] = SHARES,
+    policies: str | Sequence[str] = DEFAULT.policy,
+    on_miss: str | Sequence[str] = DEFAULT.on_miss,
     seed: int = 0,
     progress: bool = True,
 ) -> DecodeResult:
     """Measures decoding at several capacities against stock mlx-lm.
 
     Args:
-        name_or_path: See `moelab.load`; the whole model must fit in memory twice.
+        name_or_path: `"bench"` or what `moelab.load` takes; the whole model must fit in memory
+            three times beside the labs of one policy and action.
         rounds: Rounds; at least 15 for intervals worth quoting.
         tokens: Decoded tokens a round.
-        shares: Shares of the experts in memory.
+        shares: Shares of the experts in memory. All of them are measured with the default policy
+            and action only, since there is nothing to replace.
+        policies: Names, or `"all"`.
+        on_miss: Names of miss actions, or `"all"`; each is measured with each policy.
         seed: Of the order and the prompts.
         progress: Show a bar.
     """
     import mlx_lm
 
-    from ..checkpoint.resolve import resolve
-    from ..loading import load
-
+    wanted = combinations(policies, on_miss)
     machine = this_machine()
-    folder = resolve(name_or_path)
+    folder = bench_folder(name_or_path, progress)
     first, tokenizer = mlx_lm.load(str(folder))[:2]
     second = mlx_lm.load(str(folder))[0]
     reading = mlx_lm.load(str(folder))[0]
@@ -211,55 +226,98 @@ def bench_decode(
     def plain(model: nn.Module) -> Contestant:
         return lambda number: decode_seconds(model, prompts[number], tokens)
 
-    contestants: dict[str, Contestant] = {
-        "stock": plain(first),
-        "stock again": plain(second),
-        "ids read back": plain(reading),
-    }
-    with ExitStack() as stack:
-        labs: dict[float, Lab] = {}
-        bare: dict[float, np.ndarray] = {}
-        counts: dict[float, np.ndarray] = {}
-        for share in shares:
-            labs[share] = stack.enter_context(load(folder, float(share)))
-            recorded = stack.enter_context(load(folder, float(share)))
-            bare[share], counts[share] = np.zeros(rounds), np.zeros((rounds, 2))
-            contestants[f"{share:.1%}"] = _logged(
-                labs[share], prompts, tokens, bare[share], counts[share]
-            )
-            contestants[f"{share:.1%} recording"] = _recorded(recorded, prompts, tokens)
-        _warm(labs[shares[0]])
-        seconds = run_rounds(contestants, rounds, seed=seed, progress=progress)
-        routed = tokens * sum(site.top_k for site in next(iter(labs.values())).sites)
-        results = [
-            CapacityResult(
-                share=share,
-                capacity=lab.capacity,
-                tokens_per_second=tokens / float(np.median(seconds[f"{share:.1%}"])),
-                of_stock=ratio(seconds["stock"], seconds[f"{share:.1%}"]),
-                of_limit=ratio(seconds["ids read back"] + bare[share], seconds[f"{share:.1%}"]),
-                recording=ratio(seconds[f"{share:.1%}"], seconds[f"{share:.1%} recording"]),
-                hit_rate=1 - float(counts[share][:, 0].mean()) / routed,
-                loads_per_token=float(counts[share][:, 0].mean()) / tokens,
-                bytes_per_token=float(counts[share][:, 1].mean()) / tokens,
-            )
-            for share, lab in labs.items()
-        ]
+    stock = {"stock": plain(first), "stock again": plain(second), "ids read back": plain(reading)}
+    results: list[CapacityResult] = []
+    all_seconds: dict[str, list[float]] = {}
+    every: dict[str, list[np.ndarray]] = {name: [] for name in stock}
+    for combination in wanted:
+        # One after another, so that the labs of only one are in memory.
+        default = combination == DEFAULT
+        label = "" if len(wanted) == 1 else f"{combination.policy}, {combination.on_miss}: "
+        measured, seconds = _measure(
+            folder,
+            combination,
+            [share for share in shares if default or share < 1],
+            stock,
+            prompts,
+            tokens,
+            seed=seed,
+            progress=progress,
+            label=label,
+        )
+        results += measured
+        all_seconds |= {label + name: times.tolist() for name, times in seconds.items()}
+        for name in stock:
+            every[name].append(seconds[name])
+    whole = {name: np.concatenate(times) for name, times in every.items()}
     return DecodeResult(
         model=str(name_or_path),
         rounds=rounds,
         tokens=tokens,
         seed=seed,
-        stock_tokens_per_second=tokens / float(np.median(seconds["stock"])),
-        stock_again=ratio(seconds["stock"], seconds["stock again"]),
-        read_back=ratio(seconds["stock"], seconds["ids read back"]),
+        stock_tokens_per_second=tokens / float(np.median(whole["stock"])),
+        stock_again=ratio(whole["stock"], whole["stock again"]),
+        read_back=ratio(whole["stock"], whole["ids read back"]),
         capacities=results,
         machine=machine,
-        seconds={
-            **{name: times.tolist() for name, times in seconds.items()},
-            **{f"{share:.1%} bare read": times.tolist() for share, times in bare.items()},
-        },
+        seconds=all_seconds,
     )
+
+
+def _measure(
+    folder: Path,
+    combination: Combination,
+    shares: Sequence[float],
+    stock: dict[str, Contestant],
+    prompts: list[list[int]],
+    tokens: int,
+    *,
+    seed: int,
+    progress: bool,
+    label: str,
+) -> tuple[list[CapacityResult], dict[str, np.ndarray]]:
+    """Measures one policy and action at every capacity, beside stock."""
+    rounds = len(prompts)
+    contestants = dict(stock)
+    with ExitStack() as stack:
+        labs: dict[float, Lab] = {}
+        bare: dict[float, np.ndarray] = {}
+        counts: dict[float, np.ndarray] = {}
+        for share in shares:
+            labs[share] = stack.enter_context(load_combination(folder, share, combination))
+            bare[share], counts[share] = np.zeros(rounds), np.zeros((rounds, 2))
+            contestants[f"{share:.1%}"] = _logged(
+                labs[share], prompts, tokens, bare[share], counts[share]
+            )
+            if combination == DEFAULT:
+                recorded = stack.enter_context(load_combination(folder, share, combination))
+                contestants[f"{share:.1%} recording"] = _recorded(recorded, prompts, tokens)
+        if labs:
+            warm(labs[shares[0]])
+        seconds = run_rounds(contestants, rounds, seed=seed, progress=progress, label=label)
+        results = []
+        for share, lab in labs.items():
+            taken, loads = seconds[f"{share:.1%}"], float(counts[share][:, 0].mean())
+            limit = seconds["stock" if combination.lossy else "ids read back"] + bare[share]
+            routed = tokens * sum(site.top_k for site in lab.sites)
+            recording = seconds.get(f"{share:.1%} recording")
+            results.append(
+                CapacityResult(
+                    policy=combination.policy,
+                    on_miss=combination.on_miss,
+                    share=share,
+                    capacity=lab.capacity,
+                    tokens_per_second=tokens / float(np.median(taken)),
+                    of_stock=ratio(seconds["stock"], taken),
+                    of_limit=ratio(limit, taken),
+                    recording=None if recording is None else ratio(taken, recording),
+                    hit_rate=None if combination.lossy else 1 - loads / routed,
+                    loads_per_token=loads / tokens,
+                    bytes_per_token=float(counts[share][:, 1].mean()) / tokens,
+                )
+            )
+    seconds |= {f"{share:.1%} bare read": times for share, times in bare.items()}
+    return results, seconds
 
 
 def _logged(
@@ -306,7 +364,7 @@ def _prompts(tokenizer: Any, rounds: int, seed: int) -> list[list[int]]:
     return [tokenizer.encode(pool[i]["text"])[:PROMPT_TOKENS] for i in chosen]
 
 
-def _warm(lab: Lab) -> None:
+def warm(lab: Lab) -> None:
     """Brings the checkpoint's pages into the page cache before anything is timed."""
     for path in lab.shards:
         with path.open("rb") as file:

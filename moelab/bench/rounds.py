@@ -19,8 +19,8 @@ Contestant = Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """A median of paired ratios with its 95% bootstrap interval over rounds."""
+class Interval:
+    """A median over rounds with its 95% bootstrap interval."""
 
     median: float
     low: float
@@ -30,6 +30,10 @@ class Ratio:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+Ratio = Interval
+"""A median of ratios that were paired by round."""
+
+
 def run_rounds(
     contestants: Mapping[str, Contestant],
     rounds: int,
@@ -37,6 +41,7 @@ def run_rounds(
     warmup: int = 1,
     seed: int = 0,
     progress: bool = True,
+    label: str = "",
 ) -> dict[str, np.ndarray]:
     """Runs all contestants for so many rounds, in a new random order each round.
 
@@ -46,6 +51,7 @@ def run_rounds(
         warmup: Rounds before them that do not.
         seed: Of the order.
         progress: Show a bar.
+        label: Stands before each contestant's name in the bar.
 
     Returns:
         Seconds by contestant, float64 (rounds,).
@@ -60,7 +66,7 @@ def run_rounds(
         for number in range(-warmup, rounds):
             for index in random.permutation(len(names)):
                 name = names[index]
-                bar.set_description(name)
+                bar.set_description(label + name)
                 taken = contestants[name](number % rounds)
                 if number >= 0:
                     seconds[name][number] = taken
@@ -75,8 +81,12 @@ def ratio(reference: Sequence[float] | np.ndarray, measured: Sequence[float] | n
         reference: Seconds by round.
         measured: Seconds by round, same rounds.
     """
-    ratios = np.asarray(reference, float) / np.asarray(measured, float)
+    return median_interval(np.asarray(reference, float) / np.asarray(measured, float))
+
+
+def median_interval(values: np.ndarray) -> Interval:
+    """Returns the median of one value a round, float64 (rounds,), with its bootstrap interval."""
     random = np.random.default_rng(0)
-    draws = random.integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    draws = random.integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])
+    return Interval(float(np.median(values)), float(low), float(high))

@@ -7,17 +7,19 @@ around it, router, weights and shared experts, is untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..backend import openblas_in_use
 from ..errors import AttachedError
 from .bank import LayerBank
 from .event import LayerEvent
 from .lossy import LossyEngine
+from .residency import Load
 
 EAGER_BYTES = 1 << 17
 """An output larger than this is evaluated at once, so that the bank need not hold on to it."""
@@ -25,6 +27,9 @@ EAGER_BYTES = 1 << 17
 Observer = Callable[[LayerEvent, mx.array], mx.array]
 """Called with what happened and the switch's output; what it returns is given to the block in the
 output's place."""
+
+STOCK_SORTS = 64
+"""From so many (token, expert) pairs on, the stock switch sorts them by expert."""
 
 
 class PartialSwitch(nn.Module):
@@ -34,6 +39,11 @@ class PartialSwitch(nn.Module):
         bank: The layer's slots.
         original: The switch that this one stands for. Attributes that the family reads from its
             switch are answered by it.
+
+    Attributes:
+        observer: Told of every event, or None.
+        unread: For the model's last layer: says whether nobody will read this pass's output, so
+            that a prompt's chunk loads its experts and computes nothing. None: always read.
     """
 
     def __init__(self, bank: LayerBank, original: nn.Module) -> None:
@@ -43,6 +53,7 @@ class PartialSwitch(nn.Module):
         object.__setattr__(self, "original", original)
         object.__setattr__(self, "observer", None)
         object.__setattr__(self, "engine", None)
+        object.__setattr__(self, "unread", None)
         self["slots"] = bank.switch  # a child: the slots count as the model's memory
 
     def set_engine(self, engine: LossyEngine | None, low: nn.Module | None) -> None:
@@ -127,6 +138,12 @@ class PartialSwitch(nn.Module):
         ids = np.array(indices, copy=False)
         needed = np.unique(ids).tolist()
         misses = layer.begin(needed)
+        if self.unread is not None and self.observer is None and self.unread():
+            # Stock never computes this: it is lazy. Should anybody read it after all, it shows.
+            for served in layer.residency.rounds(needed, misses):
+                layer.load(served.loads)
+            nothing = mx.broadcast_to(mx.array(float("nan"), x.dtype), (*ids.shape, x.shape[-1]))
+            return nothing, misses
         if layer.residency.fits(needed):
             if misses:
                 layer.load(layer.residency.admit(needed, misses))
@@ -136,22 +153,66 @@ class PartialSwitch(nn.Module):
     def _sweep(
         self, x: mx.array, ids: np.ndarray, needed: list[int], misses: list[int]
     ) -> mx.array:
-        """Computes each round's (token, expert) pairs by themselves, then puts them in order."""
+        """Computes the experts in batches, each as soon as it was read, then orders the outputs.
+
+        While a batch computes the next is read: a read waits only for the batches that use the
+        slots which it overwrites. Who is read when, and who stays, is the residency's to say.
+        """
         layer: LayerBank = self._bank
         pairs = ids.reshape(-1)
         tokens = x.reshape(-1, x.shape[-1])
         top_k = ids.shape[-1]
+        # Of each expert: where its (token, rank) pairs are in `pairs`.
+        grouped = np.argsort(pairs, kind="stable")
+        where = dict(zip(needed, np.split(grouped, np.flatnonzero(np.diff(pairs[grouped])) + 1),
+                         strict=True))  # fmt: skip
         outputs: list[mx.array] = []
         order: list[np.ndarray] = []
-        for served in layer.residency.rounds(needed, misses):
-            layer.load(served.loads)
-            chosen = np.flatnonzero(np.isin(pairs, served.serve))
+        batch_using: dict[int, mx.array] = {}
+
+        least = STOCK_SORTS if pairs.size >= STOCK_SORTS and _bits_differ(self.original) else 0
+
+        def compute(experts: Sequence[int]) -> None:
+            chosen = np.concatenate([where[expert] for expert in experts])
+            count = len(chosen)
+            if count < least:
+                chosen = np.pad(chosen, (0, least - count), mode="edge")
             slots = layer.slot_table()[pairs[chosen]]
             y = layer.switch(tokens[mx.array(chosen // top_k)], mx.array(slots[:, None]))
-            # Before the next round overwrites the slots that this one read.
-            mx.eval(y)
-            outputs.append(y.squeeze(-2))
-            order.append(chosen)
+            mx.async_eval(y)
+            batch_using.update((layer.residency.slot_of[expert], y) for expert in experts)
+            outputs.append(y.squeeze(-2)[:count] if count < least else y.squeeze(-2))
+            order.append(chosen[:count])
+
+        for served in layer.residency.rounds(needed, misses):
+            read = {load.expert for load in served.loads}
+            resident = [expert for expert in served.serve if expert not in read]
+            if resident:
+                compute(resident)
+            for batch in _halves(served.loads):
+                mx.eval([batch_using[slot] for _, slot, _ in batch if slot in batch_using])
+                layer.load(batch)
+                if batch:
+                    compute([load.expert for load in batch])
         back = np.argsort(np.concatenate(order))
         y = mx.concatenate(outputs)[mx.array(back)]
         return y.reshape(*ids.shape, y.shape[-1])
+
+
+def _bits_differ(switch: nn.Module) -> bool:
+    """Whether the stock switch gives other bits for few pairs, unsorted, than for many.
+
+    So it is with unquantised experts and OpenBLAS: the rows of sorted and of unsorted pairs have
+    other strides, for which OpenBLAS has other kernels. A batch of few pairs of an event of many
+    is then filled up with pairs that nobody needs.
+    """
+    return openblas_in_use() and any(
+        hasattr(projection, "num_experts") and "scales" not in projection
+        for projection in switch.values()
+    )
+
+
+def _halves(loads: Sequence[Load]) -> list[Sequence[Load]]:
+    """Splits a round's loads in two, so that one half computes while the other is read."""
+    half = (len(loads) + 1) // 2
+    return [loads[:half], loads[half:]] if len(loads) > 1 else [loads]

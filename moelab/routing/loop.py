@@ -18,6 +18,9 @@ from typing import Any
 DEPTH = 12
 """Frames to look up; mlx-lm's loops are two to four above the model's call."""
 
+OURS = ("mlx.nn.", "mlx_lm.models.", "moelab.")
+"""Modules that keep none of a layer's output for themselves."""
+
 PADDING, PREFILL, DECODE = 0, 1, 2
 PHASES = ("padding", "prefill", "decode")
 """Names of the phases, by code."""
@@ -66,6 +69,27 @@ def view(length: int) -> LoopView:
                 return found
         frame = frame.f_back
     return GENERATED if length == 1 else LAST_OF_PROMPT
+
+
+def output_unread() -> bool:
+    """Returns whether nobody will read the output of the forward pass that calls this.
+
+    So it is for a prompt's chunks, of which mlx-lm's loops keep only the cache. True only if
+    nothing but mlx's, mlx-lm's and moelab's own code stands between the loop and the caller: a
+    function or module of the user's may look at what passes through it.
+    """
+    module = sys.modules.get("mlx_lm.generate")
+    known = None if module is None else vars(module)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is known:
+            found = _in_mlx_lm(frame, 2)
+            if found is not None:
+                return not found.logits_used
+        elif not frame.f_globals.get("__name__", "").startswith(OURS):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _in_mlx_lm(frame: FrameType, length: int) -> LoopView | None:
