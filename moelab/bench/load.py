@@ -251,15 +251,14 @@ def _open(folder: Path) -> tuple[LayerBank, dict[str, Origins]]:
 
 
 def _choose(layer: LayerBank, rounds: int, seed: int) -> list[list[Load]]:
-    """Draws the experts of each round."""
+    """Draws the experts of each round, in ascending order as the bank asks, and their slots."""
     random = np.random.default_rng(seed)
-    return [
-        [
-            Load(int(expert), slot, None)
-            for slot, expert in enumerate(random.permutation(layer.experts)[: layer.capacity])
-        ]
-        for _ in range(rounds)
-    ]
+    chosen = []
+    for _ in range(rounds):
+        experts = sorted(random.permutation(layer.experts)[: layer.capacity].tolist())
+        slots = random.permutation(layer.capacity).tolist()
+        chosen.append([Load(e, slot, None) for e, slot in zip(experts, slots, strict=True)])
+    return chosen
 
 
 def _loader(layer: LayerBank, origins: Origins, files: Files) -> ExpertLoader:
