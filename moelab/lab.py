@@ -17,7 +17,9 @@ from .checkpoint.headers import TensorSpan
 from .display import facts_html, facts_text, size
 from .errors import ClosedError, MoelabError
 from .experts.attach import Attachment, all_parameters, arrays_in
+from .experts.capacity import Capacity, fixed_capacities
 from .experts.misses import MissAction, WrongSlot, checked_budget, resolve_action
+from .experts.pins import check_room
 from .families import SwitchSite
 from .prompting import Prompt, Sampling, Template, recommended_sampling, to_tokens
 from .routing.loop import output_unread
@@ -104,10 +106,7 @@ class Lab:
         self._attachment = attachment
         self._spans = spans
         self._closed = False
-        # What a prompt's chunk computes in the last layer goes nowhere but to unread logits.
-        last = attachment.switches.get(len(getattr(model, "layers", ())) - 1)
-        if last is not None:
-            object.__setattr__(last, "unread", output_unread)
+        self._watch_last_layer()
         self.sessions: list[RecordingSession] = []
         """Recordings that are under way, outermost first; they keep this list themselves."""
 
@@ -279,6 +278,38 @@ class Lab:
         self._attachment.set_action(chosen, budget)
         self.swap_budget = budget
 
+    def resize(self, capacity: Capacity) -> None:
+        """Gives the bank another capacity, without loading the model again.
+
+        What the policy holds most worth keeping stays, pins always. Layers that come to hold all
+        of their experts become stock, and the other way round.
+
+        Args:
+            capacity: As in `moelab.load`, but not `"auto"`.
+
+        Raises:
+            CapacityError: If it is no capacity of this model.
+            PinsError: If it leaves too little room beside the pins.
+            MoelabError: While the lab is being recorded.
+        """
+        from .loading import reopened
+
+        self._check_open()
+        if self.sessions:
+            raise MoelabError(
+                "The lab is being recorded, and a recording has one capacity. "
+                "Leave the `with lab.record()` block first."
+            )
+        wanted = fixed_capacities(capacity, self.sites)
+        check_room(self.pins, self.sites, wanted)
+        try:
+            self._attachment.resize(wanted, lambda sites: reopened(self.path, sites))
+        finally:
+            self.capacities = self._attachment.capacities()
+            self._watch_last_layer()
+        self.budget = None  # the sum that it shows was another capacity's
+        mx.clear_cache()
+
     # -- what there is ---------------------------------------------------------------------
 
     @cached_property
@@ -339,6 +370,12 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _watch_last_layer(self) -> None:
+        # What a prompt's chunk computes in the last layer goes nowhere but to unread logits.
+        last = self._attachment.switches.get(len(getattr(self.model, "layers", ())) - 1)
+        if last is not None:
+            object.__setattr__(last, "unread", output_unread)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from .backend import tell_of_openblas
 from .checkpoint.fingerprint import fingerprint
-from .checkpoint.headers import read_headers
+from .checkpoint.headers import TensorSpan, read_headers
 from .checkpoint.provenance import load_traced
 from .checkpoint.resolve import LAB_MODEL, read_config, resolve
 from .errors import CapacityError, CheckpointError
@@ -175,6 +175,32 @@ def load(
     except BaseException:
         attachment.detach()
         raise
+
+
+def reopened(
+    folder: Path, sites: Sequence[SwitchSite]
+) -> dict[int, dict[tuple[str, str], tuple[TensorSpan, ...]]]:
+    """Makes the experts of stock layers lazy again, as they were before they were loaded.
+
+    Args:
+        folder: The model's folder.
+        sites: The layers; their switches get lazy arrays.
+
+    Returns:
+        Where each tensor is, by layer.
+
+    Raises:
+        CheckpointError: If the experts cannot be read one at a time.
+    """
+    spans = read_headers(folder)
+    model, config, trace = load_traced(folder)
+    fresh = {site.layer: site for site in find_switches(model, config["model_type"])}
+    again = [fresh[site.layer] for site in sites]
+    found = find_origins(folder, again, trace, spans)
+    for site, lazy in zip(sites, again, strict=True):
+        for name, key, array in lazy.tensors():
+            site.switch[name][key] = array
+    return {site.layer: origins for site, origins in zip(sites, found, strict=True)}
 
 
 def check_backend(sites: Sequence[SwitchSite], dtype: str | None) -> None:

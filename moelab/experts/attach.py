@@ -33,6 +33,13 @@ GUARDED = (
 """Methods of `nn.Module` that read or change all weights; none is needed to run a model."""
 
 
+Spans = Mapping[tuple[str, str], tuple[TensorSpan, ...]]
+"""Where each tensor of a layer is, by projection and name."""
+
+Reopen = Callable[[Sequence[SwitchSite]], Mapping[int, Spans]]
+"""Makes the arrays of stock layers lazy again and says where they are on disk, by layer."""
+
+
 class Attachment:
     """A bank in a model.
 
@@ -55,7 +62,7 @@ class Attachment:
         model: nn.Module,
         sites: Sequence[SwitchSite],
         capacities: Sequence[int],
-        origins: Sequence[Mapping[tuple[str, str], tuple[TensorSpan, ...]]],
+        origins: Sequence[Spans],
         make_policy: PolicyMaker,
         *,
         pins: Mapping[int, Iterable[int]] | None = None,
@@ -68,25 +75,107 @@ class Attachment:
         """The replaced switches by layer."""
         self._model = model
         self._sites = {site.layer: site for site in sites}
+        self._pins = {layer: frozenset(experts) for layer, experts in (pins or {}).items()}
         self._orders = orders or {}
+        self._make_policy = make_policy
+        self._widen = widen
         self._engine: LossyEngine | None = None
         self._rules: dict[int, RouterRule] | None = None
         self._guarded: list[tuple[nn.Module, str]] = []
         try:
             for site, capacity, spans in zip(sites, capacities, origins, strict=True):
-                if capacity == site.experts:
-                    continue
-                layer = LayerBank(
-                    self.bank, site, capacity, make_policy(), spans,
-                    pinned=(pins or {}).get(site.layer, ()), widen=widen,
-                )  # fmt: skip
-                self.bank.layers.append(layer)
-                self.switches[site.layer] = PartialSwitch(layer, site.switch)
-                site.parent[site.key] = self.switches[site.layer]
+                if capacity < site.experts:
+                    self._open(site, capacity, spans)
             self._guard()
         except BaseException:
             self.detach()
             raise
+
+    def capacities(self) -> list[int]:
+        """Returns the slots of every MoE layer, in order; all experts where a layer is stock."""
+        slots = {layer.layer: layer.capacity for layer in self.bank.layers}
+        return [slots.get(site.layer, site.experts) for site in self._sites.values()]
+
+    def resize(self, capacities: Sequence[int], reopen: Reopen) -> None:
+        """Gives layers another number of slots, keeping what is most worth keeping.
+
+        One layer at a time: beside the model there is one layer's slots more in memory at most.
+
+        Args:
+            capacities: Slots of every MoE layer.
+            reopen: Opens layers that are to hold a part of their experts from now on.
+
+        After an interrupt each layer has the old or the new number of slots, and misses are read.
+        """
+        action, engine = self.action, self._engine
+        mx.eval(self.bank.pending)
+        self.bank.pending.clear()
+        try:
+            self._put(Load(), None, keep_copies=True)
+            self._resize(dict(zip(self._sites, capacities, strict=True)), reopen)
+            self._unguard()
+            self._guard()
+            if engine is not None:
+                self._rules = None
+                self._put(action, self._make_engine(action, engine.swap_budget))
+                for layer in self.bank.layers:
+                    layer.fill(initial_order(layer.site, (), self._orders.get(layer.layer)), 0)
+        except BaseException:
+            self._reconcile()
+            raise
+
+    def _resize(self, wanted: Mapping[int, int], reopen: Reopen) -> None:
+        stock = [s for s in self._sites.values() if s.layer not in self.switches]
+        opened = [site for site in stock if wanted[site.layer] < site.experts]
+        spans = reopen(opened) if opened else {}
+        # Those that shrink first, to make room for the others.
+        for layer in sorted(self.bank.layers, key=lambda b: wanted[b.layer] - b.capacity):
+            if wanted[layer.layer] == layer.experts:
+                self._make_stock(layer)
+            elif wanted[layer.layer] != layer.capacity:
+                other = layer.resized(wanted[layer.layer])
+                self.bank.layers = [other if b is layer else b for b in self.bank.layers]
+                self.switches[layer.layer].rebind(other)
+        for site in opened:
+            self._open(site, wanted[site.layer], spans[site.layer])
+
+    def _reconcile(self) -> None:
+        """Makes bank, switches and model agree after a change that was cut off."""
+        self._put(Load(), None)
+        banks = {layer.layer: layer for layer in self.bank.layers}
+        for layer, switch in list(self.switches.items()):
+            site = self._sites[layer]
+            if layer in banks:
+                switch.rebind(banks[layer])
+                site.parent[site.key] = switch
+            else:
+                site.parent[site.key] = site.switch
+                del self.switches[layer]
+        self.bank.layers = [b for b in self.bank.layers if b.layer in self.switches]
+        self._unguard()
+        self._guard()
+
+    def _open(self, site: SwitchSite, capacity: int, spans: Spans) -> None:
+        layer = LayerBank(
+            self.bank, site, capacity, self._make_policy(), spans,
+            pinned=self._pins.get(site.layer, ()), widen=self._widen,
+        )  # fmt: skip
+        order = list(self._sites)
+        self.bank.layers = sorted(
+            [*self.bank.layers, layer], key=lambda bank: order.index(bank.layer)
+        )
+        self.switches[site.layer] = PartialSwitch(layer, site.switch)
+        site.parent[site.key] = self.switches[site.layer]
+
+    def _make_stock(self, layer: LayerBank) -> None:
+        site = layer.site
+        for name, key, array in site.tensors():
+            if self._widen and array.dtype in (mx.bfloat16, mx.float16):
+                site.switch[name][key] = array.astype(mx.float32)
+        mx.eval(arrays_in(site.switch))
+        site.parent[site.key] = site.switch
+        del self.switches[site.layer]
+        self.bank.layers = [b for b in self.bank.layers if b is not layer]
 
     @property
     def low_bit_bytes(self) -> int:
@@ -115,12 +204,15 @@ class Attachment:
             self._put(Load(), None)
             raise
 
-    def _put(self, action: MissAction, engine: LossyEngine | None) -> None:
+    def _put(
+        self, action: MissAction, engine: LossyEngine | None, *, keep_copies: bool = False
+    ) -> None:
         if self._engine is not None:
             self._engine.remove()
         self.action, self._engine = action, engine
         for layer, switch in self.switches.items():
-            switch.set_engine(engine, None if engine is None else engine.layers[layer].low)
+            low = switch.get("low") if keep_copies else None
+            switch.set_engine(engine, low if engine is None else engine.layers[layer].low)
         if engine is not None:
             engine.install()
 
@@ -171,15 +263,18 @@ class Attachment:
         if self._engine is not None:
             self._engine.remove()
             self._engine = None
-        for module, name in self._guarded:
-            module.__dict__.pop(name, None)
-        self._guarded.clear()
+        self._unguard()
         for layer in self.switches:
             site = self._sites[layer]
             site.parent[site.key] = site.switch
         self.switches.clear()
         self.bank.close()
         self.bank.layers.clear()
+
+    def _unguard(self) -> None:
+        for module, name in self._guarded:
+            module.__dict__.pop(name, None)
+        self._guarded.clear()
 
     def _guard(self) -> None:
         if not self.switches:

@@ -186,6 +186,18 @@ class LayerBank:
         for watcher in self.bank.watchers:
             watcher.loaded(self.layer, loads, seconds)
 
+    def resized(self, capacity: int) -> LayerBank:
+        """Returns a bank of the same layer with so many slots and what is most worth keeping.
+
+        This one stays as it is. Nothing in flight may read its slots.
+        """
+        self.mend()
+        other = LayerBank(self.bank, self.site, capacity, LRU(), self._spans, widen=self._widen)
+        other.residency = self.residency.resized(capacity, self.site.top_k)
+        here, there = self.residency.slot_of, other.residency.slot_of
+        other.loader.take(self.loader, [(here[expert], slot) for expert, slot in there.items()])
+        return other
+
     def slot_table(self) -> np.ndarray:
         """Returns uint32 (experts,): the slot of each resident expert, 0 for the others."""
         table = np.zeros(self.experts, np.uint32)

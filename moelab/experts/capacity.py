@@ -54,34 +54,40 @@ def resolve_capacity(
             number of experts, names other layers than the model's, or both a capacity and a
             budget were given.
     """
-    if isinstance(capacity, bool) or not isinstance(
-        capacity, int | float | str | Sequence | Mapping
-    ):
-        raise CapacityError(
-            "capacity must be an int (experts a layer), a float (a share), 'auto', or an int for "
-            f"each layer, got {capacity!r}."
-        )
     if budget_gb is not None and capacity != "auto":
         raise CapacityError(
             f"capacity={capacity!r} and budget_gb={budget_gb!r} were both given, and each settles "
             "how many experts to hold. Give one of them."
         )
-    if isinstance(capacity, str):
-        if capacity != "auto":
-            raise CapacityError(f"capacity must be an int, a float or 'auto', got {capacity!r}.")
+    if isinstance(capacity, str) and capacity == "auto":
         return _from_memory(sites, need(), budget_gb, whole)
+    return Settled(fixed_capacities(capacity, sites))
+
+
+def fixed_capacities(capacity: Capacity, sites: Sequence[SwitchSite]) -> list[int]:
+    """Turns a capacity that says how many experts, so not `"auto"`, into slots for each layer.
+
+    Raises:
+        CapacityError: As `resolve_capacity`.
+    """
+    if isinstance(capacity, bool | str) or not isinstance(
+        capacity, int | float | Sequence | Mapping
+    ):
+        auto = " (and 'auto' where a model is loaded)" if capacity == "auto" else " or 'auto'"
+        raise CapacityError(
+            "capacity must be an int (experts a layer), a float (a share), or an int for each "
+            f"layer,{auto}, got {capacity!r}."
+        )
     if isinstance(capacity, float):
         if not 0 < capacity <= 1:
             raise CapacityError(
                 f"A capacity given as a float is a share between 0 and 1, got {capacity}. "
                 "Give an int to count experts."
             )
-        return Settled(
-            [_checked(math.floor(capacity * s.experts + 0.5), s, capacity) for s in sites]
-        )
+        return [_checked(math.floor(capacity * s.experts + 0.5), s, capacity) for s in sites]
     if isinstance(capacity, int):
-        return Settled([_checked(capacity, site, capacity) for site in sites])
-    return Settled(_by_layer(capacity, sites))
+        return [_checked(capacity, site, capacity) for site in sites]
+    return _by_layer(capacity, sites)
 
 
 def require_fit(budget: Budget, sites: Sequence[SwitchSite]) -> None:

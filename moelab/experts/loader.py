@@ -123,6 +123,17 @@ class ExpertLoader:
         """Returns file descriptor, offset and length of each piece of an expert on disk."""
         return [(piece.fd, piece.offset, piece.nbytes) for piece in self._pieces(expert)]
 
+    def take(self, other: ExpertLoader, moves: Sequence[tuple[int, int]]) -> None:
+        """Copies rows from the slots of another loader of the same layer.
+
+        Args:
+            other: The other.
+            moves: Slot there and slot here, of each row.
+        """
+        for mine, theirs in zip(self._tensors, other._tensors, strict=True):
+            for source, target in moves:
+                mine.slots[target] = theirs.slots[source]
+
     def read(self, loads: Sequence[Load]) -> list[float]:
         """Reads experts into their slots and returns when all are there.
 

@@ -56,6 +56,11 @@ class PartialSwitch(nn.Module):
         object.__setattr__(self, "unread", None)
         self["slots"] = bank.switch  # a child: the slots count as the model's memory
 
+    def rebind(self, bank: LayerBank) -> None:
+        """Computes from other slots of the same layer from now on."""
+        object.__setattr__(self, "_bank", bank)
+        self["slots"] = bank.switch
+
     def set_engine(self, engine: LossyEngine | None, low: nn.Module | None) -> None:
         """Computes by a lossy action from now on, or exactly.
 
