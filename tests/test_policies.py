@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,6 +116,37 @@ def test_agrees_over_many_small_events(name: str, at: dict[str, Any]) -> None:
         want, (part,) = theirs.event(needed)
         assert misses == want
         assert tuple((load.expert, load.evicted) for load in only.loads) == part.loads
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ALL)
+def test_agrees_over_a_long_time(name: str, seed: int) -> None:
+    """Skewed use, now and then a sweep: high counts, long ages, many promotions."""
+    rng = np.random.default_rng(seed)
+    capacity, skew = (14, 0.9) if seed % 2 else (6, 0.3)
+    pins = [5, 17] if seed > 1 else []
+    scores = rng.gumbel(size=(260, 24)) - skew * np.log(np.arange(1, 25))
+    order = np.argsort(-scores, axis=1)
+    sizes = np.where(rng.random(260) < 0.04, 20, rng.integers(1, 5, 260))
+    events = [sorted(row[:size].tolist()) for row, size in zip(order, sizes, strict=True)]
+    ours = residency(name, events, capacity, pins, [20, 3])
+    theirs = brute.Bank(name, capacity, pins, [20, 3], 1, events)
+    for needed in events:
+        misses, rounds = serve(ours, needed)
+        want, parts = theirs.event(needed)
+        assert misses == want
+        assert [[(load.expert, load.evicted) for load in r.loads] for r in rounds] == [
+            list(part.loads) for part in parts
+        ]
+
+
+def test_least_stale_by_example() -> None:
+    """Between events, as a bank does that drops its misses: what the last one used goes last."""
+    policy = make_policy("least_stale")()
+    policy.admitted([4, 1, 2])
+    policy.used([4, 7])
+    policy.admitted([7])
+    assert policy.evict(3, [1, 2, 4, 7], [2]) == [1, 4, 7]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -57,9 +57,10 @@ class LeastStale(PolicyBase):
 
     An expert is *current* if the pass (here: the event) used it, and *stale* otherwise. Stale
     experts leave first, then current ones; within each, whoever entered first leaves first, and
-    use does not renew the place. In a bank of one layer the current experts are protected while
-    they are served, so outside a sweep this is FIFO: what the policy gains in its paper, where
-    all layers share a cache, it cannot gain here. Source: SpecMD, arXiv 2602.03921, of which the
+    use does not renew the place. In an exact bank of one layer this is FIFO, since the current
+    experts are protected anyway: what the policy gains in its paper, where all layers share a
+    cache, it cannot gain here. Where misses are dropped and experts enter between steps, it
+    differs. Source: SpecMD, arXiv 2602.03921, of which the
     abstract was read; the order within each class is as public implementations have it.
     """
 
