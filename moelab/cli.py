@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        if getattr(arguments, "model", None) not in (None, "bench"):
+        computes = command not in (_plan, _pack)  # a plan must not download the model
+        if computes and getattr(arguments, "model", None) not in (None, "bench"):
             from .backend import use_openblas_for
 
             use_openblas_for(arguments.model)
