@@ -145,6 +145,7 @@ def load(
         maker,
         pins=pinned,
         orders=orders,
+        fingerprint=lambda: fingerprint(folder, spans),
         widen=dtype == "float32",
     )
     try:

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import moelab
 from moelab.errors import MissActionError, MoelabError
+from moelab.experts import copies, lowbit
 from moelab.experts.misses import ACTIONS, LowBit, MissAction, Reroute
 from moelab.lab import Lab
 from tests.support import rules, stock, tiny
@@ -355,6 +356,45 @@ def test_low_bit_copies_count_as_memory() -> None:
         assert two.total - two.low_bit == plain.total == three.total - three.low_bit
         lab.on_miss = "load"
         assert lab.memory() == plain
+
+
+def test_low_bit_copies_are_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path))
+    monkeypatch.setattr("moelab.experts.copies.KEEP_FROM_SECONDS", 0.0)
+    path, tokens = folder("gpt_oss"), mx.array([tiny.prompt(20)])
+
+    def logits(capacity: int | list[int]) -> mx.array:
+        with moelab.load(path, capacity, on_miss="low_bit") as lab:
+            y = lab.model(tokens)
+            mx.eval(y)
+            return y
+
+    made: list[int] = []
+    real = lowbit.low_bit_copies
+
+    def counted(layer: Any, bits: int) -> Any:
+        made.append(layer.layer)
+        return real(layer, bits)
+
+    monkeypatch.setattr(copies, "low_bit_copies", counted)
+    some = logits([8, 8, 16, 16])
+    assert made == [0, 1]
+    first = logits(8)
+    assert made == [0, 1, 2, 3], "those on disk are taken, the others made"
+    again, other = logits(8), logits([8, 8, 16, 16])
+    assert made == [0, 1, 2, 3]
+    assert stock.equal(first, again) and stock.equal(some, other)
+    (kept,) = (tmp_path / "copies").iterdir()
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert stock.equal(logits(8), first)
+    assert made == [0, 1, 2, 3] * 2
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(mx, "save_safetensors", lambda *a, **k: (_ for _ in ()).throw(full))
+    kept.unlink()
+    with pytest.warns(UserWarning, match="could not be kept.*No space"):
+        assert stock.equal(logits(8), first)
+    assert list((tmp_path / "copies").iterdir()) == []
 
 
 def test_reroute_strength() -> None:

@@ -19,8 +19,8 @@ from ..checkpoint.provenance import Trace
 from ..errors import AttachedError, CheckpointError
 from ..families import SwitchSite
 from .bank import Bank, LayerBank
+from .copies import Copies
 from .lossy import LossyEngine, LossyLayer, initial_order
-from .lowbit import low_bit_copies
 from .misses import Load, LowBit, MissAction
 from .policies import PolicyMaker
 from .router import RouterRule, ask_rules
@@ -51,6 +51,7 @@ class Attachment:
         make_policy: Called once for each layer.
         pins: Experts that never leave, by layer.
         orders: Experts by layer, in the order in which they fill an empty bank after the pins.
+        fingerprint: Names the model, for what is kept of it on disk.
         widen: Read 16-bit floats into float32 slots.
 
     Attributes:
@@ -67,6 +68,7 @@ class Attachment:
         *,
         pins: Mapping[int, Iterable[int]] | None = None,
         orders: Mapping[int, Sequence[int]] | None = None,
+        fingerprint: Callable[[], str] = str,
         widen: bool = False,
     ) -> None:
         self.bank = Bank()
@@ -78,6 +80,7 @@ class Attachment:
         self._pins = {layer: frozenset(experts) for layer, experts in (pins or {}).items()}
         self._orders = orders or {}
         self._make_policy = make_policy
+        self._copies = Copies(fingerprint)
         self._widen = widen
         self._engine: LossyEngine | None = None
         self._rules: dict[int, RouterRule] | None = None
@@ -242,21 +245,15 @@ class Attachment:
         if self._rules is None:
             partial = [self._sites[layer] for layer in self.switches]
             self._rules = ask_rules(self._model, partial) if partial else {}
-        layers = []
-        for layer in self.bank.layers:
-            low = None
-            if isinstance(action, LowBit):
-                low = self._copies(layer, action.bits)
-            rule = self._rules[layer.layer]
-            layers.append(LossyLayer(layer, layer.site, rule, action, low))
+        copies: dict[int, nn.Module] = {}
+        if isinstance(action, LowBit):
+            have = {n: s["low"] for n, s in self.switches.items() if _bits(s) == action.bits}
+            copies = self._copies.of(self.bank.layers, action.bits, have)
+        layers = [
+            LossyLayer(layer, layer.site, self._rules[layer.layer], action, copies.get(layer.layer))
+            for layer in self.bank.layers
+        ]
         return LossyEngine(self.bank, action, layers, swap_budget)
-
-    def _copies(self, layer: LayerBank, bits: int) -> nn.Module:
-        """Returns a layer's copies at few bits: those that it has, or new ones."""
-        switch = self.switches[layer.layer]
-        if "low" in switch and next(iter(switch["low"].children().values())).bits == bits:
-            return switch["low"]
-        return low_bit_copies(layer, bits)
 
     def detach(self) -> None:
         """Puts the stock switches back and closes the bank. Calling it again does nothing."""
@@ -326,6 +323,11 @@ def _check_size(
             f"{site.path}.{projection}.{key} is {array.dtype} {array.shape} in the model and "
             f"{spans[0].dtype} {spans[0].shape} on disk, which is not the same number of bytes."
         )
+
+
+def _bits(switch: PartialSwitch) -> int | None:
+    """Returns the bits of a layer's copies; None without any."""
+    return next(iter(switch["low"].children().values())).bits if "low" in switch else None
 
 
 def all_parameters(model: nn.Module) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def low_bit_copies(layer: LayerBank, bits: int) -> nn.Module:
         mx.eval(arrays)
         for key in arrays:
             del made[name, key]
-        switch[name] = _projection(arrays, bits)
+        switch[name] = projection_of(arrays, bits)
     return switch
 
 
@@ -101,7 +101,8 @@ def _plain(projection: nn.Module, count: int) -> mx.array:
     )  # fmt: skip
 
 
-def _projection(arrays: dict[str, mx.array], bits: int) -> nn.Module:
+def projection_of(arrays: dict[str, mx.array], bits: int) -> nn.Module:
+    """Returns mlx-lm's quantised switch layer over arrays of `low_bit_copies`."""
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
     made = QuantizedSwitchLinear(GROUP, 8, 1, "bias" in arrays, GROUP, bits)
