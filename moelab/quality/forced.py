@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..errors import MoelabError
+from ..experts.misses import resolve_action
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,10 @@ class ForcedText:
         import pandas as pd
 
         lab = self._lab
-        lab.set_on_miss(on_miss, swap_budget=swap_budget)
+        if (lab.miss_action, lab.swap_budget) == (resolve_action(on_miss), swap_budget):
+            lab.reset()
+        else:
+            lab.set_on_miss(on_miss, swap_budget=swap_budget)
         cache = _copied(self._cache)
         picked = []
         for given, wanted in zip(

@@ -1,0 +1,130 @@
+"""Charts of what a miss action costs: perplexity against the exact run, by capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .style import INK, MUTED, axes, styled
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+ACTION_STYLES = {
+    "load": ("#222222", "-", "o"),
+    "low_bit": ("#1b7f79", "-", "s"),
+    "substitute": ("#3b6fb6", "-", "^"),
+    "reroute": ("#8d6cab", "--", "v"),
+    "drop": ("#d1495b", "-", "D"),
+    "wrong_slot": ("#8a8a8a", ":", "X"),
+}
+"""Colour, line and marker of each action: told apart without colour too."""
+
+BANDS = ("#1b4f72", "#5b9bc8", "#f0d9a8", "#c0392b")
+"""From safe to unsafe; darkest at both ends, so the text on them is white there."""
+
+
+def cost_by_capacity(
+    summary: pd.DataFrame,
+    *,
+    experts: int,
+    tolerances: Sequence[float] = (0.05, 0.2),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws perplexity against the exact run's, a line an action.
+
+    Args:
+        summary: A row an action and capacity: `action`, `capacity` (experts a layer), `mean`,
+            `low`, `high`: nats a token that the true token is less likely than in the exact run,
+            with its interval; as `quality.clustered.clustered_mean` gives them.
+        experts: Experts a layer that the model has.
+        tolerances: Shares by which perplexity may rise; drawn as lines.
+        ax: Where to draw; None makes new Axes.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    with styled():
+        ax = axes(ax, 8, 4.4)
+        for tolerance in tolerances:
+            ax.axhline(1 + tolerance, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+            ax.annotate(
+                f"+{tolerance:.0%}", (1.005, 1 + tolerance), xycoords=("axes fraction", "data"),
+                va="center", color=MUTED, fontsize=8,
+            )  # fmt: skip
+        ax.axhline(1, color=INK, linewidth=0.9)
+        for action, rows in summary.groupby("action", observed=True, sort=False):
+            colour, line, marker = ACTION_STYLES[str(action)]
+            ordered = rows.sort_values("capacity")
+            x = ordered["capacity"]
+            ax.fill_between(
+                x, np.exp(ordered["low"]), np.exp(ordered["high"]), color=colour, alpha=0.13,
+                linewidth=0,
+            )  # fmt: skip
+            ax.plot(
+                x, np.exp(ordered["mean"]), color=colour, linestyle=line, marker=marker,
+                markersize=5, label=str(action),
+            )  # fmt: skip
+        ax.set_yscale("log")
+        top = float(np.exp(summary["high"].max()))
+        ticks = [t for t in (0.8, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if t < 1.3 * top]
+        ax.yaxis.set_major_locator(FixedLocator(ticks))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:g}"))
+        values = sorted(summary["capacity"].unique())
+        ax.set_xticks(values, [f"{c}\n{c / experts:.0%}" for c in values])
+        ax.invert_xaxis()
+        ax.set_xlabel(f"experts a layer in memory, of {experts}")
+        ax.set_ylabel("perplexity ÷ the exact run's")
+        ax.legend(loc="upper left", title="on a miss", alignment="left")
+    return ax
+
+
+def safe_capacities(
+    summary: pd.DataFrame,
+    *,
+    tolerances: tuple[float, float, float] = (0.01, 0.05, 0.2),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws which action is safe at which capacity, as a table of coloured cells.
+
+    A cell counts as within a tolerance only if its interval's upper end is.
+
+    Args:
+        summary: As for `cost_by_capacity`.
+        tolerances: Ascending shares by which perplexity may rise.
+        ax: Where to draw; None makes new Axes.
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    actions = list(dict.fromkeys(summary["action"]))
+    capacities = sorted(summary["capacity"].unique(), reverse=True)
+    with styled():
+        ax = axes(ax, 1.05 * len(capacities) + 2.6, 0.5 * len(actions) + 1.5)
+        ax.grid(False)
+        for row in summary.itertuples():
+            x, y = capacities.index(row.capacity), actions.index(row.action)
+            band = int(np.searchsorted(np.log1p(tolerances), row.high))
+            ax.add_patch(
+                Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=BANDS[band], linewidth=0)
+            )
+            ax.annotate(
+                f"×{np.exp(row.mean):.2f}", (x, y), ha="center", va="center",
+                color="white" if band in (0, 3) else INK, fontsize=9,
+            )  # fmt: skip
+        ax.set(xlim=(-0.5, len(capacities) - 0.5), ylim=(len(actions) - 0.5, -0.5))
+        ax.set_xticks(range(len(capacities)), [str(c) for c in capacities])
+        ax.set_yticks(range(len(actions)), actions, color=INK)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_xlabel("experts a layer in memory")
+        low, middle, high = (f"{t:.0%}" for t in tolerances)
+        names = [f"within {low}", f"within {middle}", f"within {high}", "worse, or not shown"]
+        ax.legend(
+            handles=[Patch(color=c, label=n) for c, n in zip(BANDS, names, strict=True)],
+            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, fontsize=8, handlelength=1,
+            columnspacing=1.2, borderaxespad=0.2,
+        )  # fmt: skip
+    return ax
