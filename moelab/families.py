@@ -117,10 +117,10 @@ def opened_block(block: type) -> type | None:
     Returns:
         A subclass, for exchange with an instance's class. Where the experts' outputs have a method
         `seen`, it is called with the factor, (…, top-k, 1), and what it returns is applied. The
-        sum itself stays the family's own. None if nothing hides the factor.
+        sum itself stays the family's own. None if nothing hides the factor, or no longer does.
     """
     name = COMPILED_SUMS.get((block.__module__, block.__qualname__))
-    if name is None:
+    if name is None or "shows_factor" in vars(block):
         return None
     own: Any = block.__call__
     compiled = own.__globals__[name]
@@ -137,6 +137,7 @@ def opened_block(block: type) -> type | None:
         own.__code__, {**own.__globals__, name: shown}, own.__name__, own.__defaults__
     )
     names = {"__call__": call, "__module__": block.__module__, "__doc__": block.__doc__}
+    names["shows_factor"] = True
     return type(block.__name__, (block,), {**names, "__qualname__": block.__qualname__})
 
 

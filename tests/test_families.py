@@ -77,6 +77,7 @@ def test_a_family(tmp_path: Path, family: str) -> None:
         return
     assert (found.direct, found.packed, found.exact) == ("yes", "yes", "yes")
     assert found.weights == ("–" if family == "llama4" else "yes")
+    assert found.actions == ("drop, low_bit, wrong_slot" if family == "phimoe" else "all")
     assert re.fullmatch(r"\d × 16, top-[123/4]+", found.experts)
 
 
@@ -89,6 +90,7 @@ def test_muse_spark_by_plain_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trial, "NEEDS_METAL", {})
     found = try_family("muse_spark", tmp_path / "x")
     assert (found.failed, found.exact, found.weights) == (False, "yes", "–"), found.notes
+    assert found.actions == "low_bit, wrong_slot"
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="muse_spark runs where there is Metal")
@@ -167,14 +169,14 @@ def test_command(
 
     def answer(family: str, folder: Path) -> Trial:
         asked.append(family)
-        return Trial(family, "2 × 16, top-2", "yes", "–", "yes", "yes")
+        return Trial(family, "2 × 16, top-2", "yes", "–", "yes", "yes", "all")
 
     monkeypatch.setattr(table, "try_family", answer)
     assert main(["families", "--only", "kimi_k2, mixtral", "--out", str(tmp_path / "new")]) == 0
     assert asked == ["deepseek_v3", "mixtral"], "kimi_k2 is loaded as deepseek_v3"
     page = (tmp_path / "new/families.md").read_text()
     assert page == capsys.readouterr().out
-    assert "| mixtral |  | 2 × 16, top-2 | yes | – | yes | yes |  |" in page
+    assert "| mixtral |  | 2 × 16, top-2 | yes | – | yes | yes | all |  |" in page
     assert "joyai_llm_flash, kimi_k2" in page and "2 of 2 are exact." in page
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["families.md"]
     asked.clear()
@@ -253,6 +255,16 @@ def test_listed_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_weights_said_to_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "NOT_VALID", {"mixtral": "said to be unknown"})
     assert "although there are said to be none" in failure(tmp_path, "mixtral")
+
+
+def test_refused_and_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "NO_ACTION", {})
+    assert "it refuses substitute, reroute, and none is listed" in failure(tmp_path, "phimoe")
+
+
+def test_said_to_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "NO_ACTION", {"mixtral": (("drop",), "said to be impossible")})
+    assert "it refuses no miss action, and drop is listed" in failure(tmp_path, "mixtral")
 
 
 def test_pack_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from moelab.experts import copies, lowbit
 from moelab.experts.misses import ACTIONS, LowBit, MissAction, Reroute
 from moelab.lab import Lab
 from tests.support import rules, stock, tiny
+from tests.support.lowbit import requantised
 
 LOSSY = [name for name in ACTIONS if name != "load"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,31 +123,6 @@ class Full:
 
     def block(self, layer: int, x: np.ndarray) -> np.ndarray:
         return np.array(self.sites[layer].parent(mx.array(x)[None])[0])
-
-
-def requantised(switch: Any, bits: int) -> Any:
-    """A switch whose weights went through few bits and back, dense."""
-    import copy
-
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    made = copy.copy(switch)
-    for name, projection in switch.items():
-        if not hasattr(projection, "num_experts"):
-            continue
-        weight = projection.weight
-        if "scales" in projection:
-            weight = mx.dequantize(
-                weight, projection.scales, projection.get("biases"), projection.group_size,
-                projection.bits, mode=projection.mode,
-            )  # fmt: skip
-        few = mx.quantize(weight, 64, bits)
-        plain = SwitchLinear(64, 8, 1, bias="bias" in projection)
-        plain.weight = mx.dequantize(*few, 64, bits)
-        if "bias" in projection:
-            plain.bias = projection.bias
-        made[name] = plain
-    return made
 
 
 class Ranges:

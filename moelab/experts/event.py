@@ -41,9 +41,12 @@ class LossyDetail:
     """The expert in slot 0."""
     ids: mx.array
     """Experts in the places of the block's sum, (…, top-k). Those that are not resident were not
-    computed, or as the action says."""
+    computed, or as the action says. Ids past the experts need no memory."""
     applied: mx.array | None = None
     """Factors of `ids` as they were applied, (…, top-k, 1)."""
+    beside: mx.array | None = None
+    """Weights of `ids`, (…, top-k), where some are past the experts and are applied by the block
+    beside the switch (longcat's identities); None elsewhere."""
     scores: tuple[mx.array, mx.array] | None = None
     """Selection scores of what the router chose by itself and of `ids`, (…, top-k), higher is
     better; None where the router was left alone."""

@@ -20,7 +20,7 @@ from ..families import SwitchSite
 from .bank import Bank, LayerBank
 from .event import LayerEvent, LossyDetail, Weighted, weighted
 from .misses import MissAction, Reroute
-from .router import RouterRule
+from .router import Exchanges, RouterRule
 from .selection import Selection
 
 NEVER = -1e30
@@ -73,10 +73,11 @@ class LossyLayer:
         action: MissAction,
         low: nn.Module | None,
     ) -> None:
-        if action.weighs and rule.normalises and not rule.shows:
+        # Of one expert alone nothing is left that could be renormalised.
+        if action.weighs and not rule.shows and rule.normalises is not False and site.top_k > 1:
             raise MissActionError(
-                f"{type(site.parent).__name__} normalises its experts' weights and does not show "
-                f"where it applies them, so {action.name!r} cannot renormalise them. "
+                f"{type(site.parent).__name__} does not show where it applies its experts' "
+                f"weights, which may be normalised, so {action.name!r} cannot renormalise them. "
                 "Take 'load', 'low_bit' or 'wrong_slot' for this family."
             )
         self.bank = bank
@@ -155,6 +156,12 @@ class LossyLayer:
         assert selection.ids is not None and selection.scores is not None
         assert event.lossy is not None
         event.ids, event.weights = selection.ids, selection.weights
+        if selection.scores.shape[-1] > self.bank.experts and selection.chosen is not None:
+            # Ids past the experts (longcat's identities) reach the switch as 0 at weight 0.
+            event.lossy.ids, event.lossy.beside = selection.chosen
+            if event.weights is not None:
+                past = (event.ids >= self.bank.experts)[..., None]
+                event.weights = mx.where(past, 0.0, event.weights)
         # Two numbers a slot, so that the scores of all experts need not be held.
         event.lossy.scores = (
             mx.take_along_axis(selection.scores, selection.ids, -1),
@@ -169,8 +176,11 @@ class LossyLayer:
         def hook(factor: mx.array) -> mx.array:
             if event.weights is None:
                 event.weights = factor
-            detail.applied = self._applied(factor, detail.ids, here)
-            return detail.applied
+            applied = detail.applied = self._applied(factor, detail.ids, here)
+            if detail.beside is not None:
+                past = (detail.ids >= self.bank.experts)[..., None]
+                detail.applied = mx.where(past, detail.beside[..., None], applied)
+            return applied
 
         return weighted(y, (*detail.ids.shape, 1), hook)
 
@@ -209,14 +219,15 @@ class LossyEngine:
         self._order = {layer.site.layer: place for place, layer in enumerate(layers)}
         self._last = len(layers)  # so that the first layer to run begins a step
         self._step: list[LayerEvent] = []
-        self._fresh = False
+        self._exchanges = Exchanges()
 
     def install(self) -> None:
-        """Lets the action have its say in the selection, if it wants one."""
-        if not self.action.selects:
-            return
+        """Lets blocks show their factor, and the action have its say in the selection."""
         try:
             for number, layer in self.layers.items():
+                self._exchanges.open(layer.site.parent)
+                if not self.action.selects:
+                    continue
 
                 def begins(number: int = number) -> None:
                     self._enter(number)
@@ -232,6 +243,7 @@ class LossyEngine:
         for layer in self.layers.values():
             if layer.selection is not None:
                 layer.selection.remove()
+        self._exchanges.undo()
 
     def compute(
         self, number: int, x: mx.array, indices: mx.array
@@ -288,7 +300,7 @@ class LossyEngine:
     def _swap(self, event: LayerEvent) -> None:
         layer = self.layers[event.layer]
         ids = np.array(event.ids, copy=False).reshape(-1)
-        needed = np.unique(ids)
+        needed = np.unique(ids[ids < layer.bank.experts])
         mass = missed_mass(ids, event, layer.bank.experts)
         wanted = [e for e in needed.tolist() if e in layer.missing]
         wanted.sort(key=lambda e: (-mass[e], e))

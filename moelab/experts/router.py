@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..families import SwitchSite
+from ..families import SwitchSite, opened_block
 from .event import weighted
 
 SELECTS = "argpartition"
@@ -49,8 +49,8 @@ class RouterRule:
     """How a layer's weights are made."""
 
     unit: RouterUnit
-    normalises: bool
-    """The weights of a token's experts always have the same sum."""
+    normalises: bool | None
+    """The weights of a token's experts always have the same sum; None where they are not seen."""
     shows: bool
     """The block multiplies the switch's output by the weights where that is seen."""
 
@@ -89,6 +89,7 @@ def ask_rules(model: nn.Module, sites: Sequence[SwitchSite]) -> dict[int, Router
         try:
             for site in sites:
                 site.parent[site.key] = _Asked(site.switch, asked[site.layer])
+                exchanges.open(site.parent)
                 _note_inputs(exchanges, units[site.layer], inputs, site.layer)
             model(mx.arange(1, 9, dtype=mx.int32)[None])
         finally:
@@ -98,9 +99,8 @@ def ask_rules(model: nn.Module, sites: Sequence[SwitchSite]) -> dict[int, Router
     for site in sites:
         unit = units[site.layer]
         sums = _sums(site, unit, inputs.get(site.layer, ()))
-        rules[site.layer] = RouterRule(
-            unit, sums is not None and _constant(sums), shows=bool(asked[site.layer])
-        )
+        normalises = None if sums is None else _constant(sums)
+        rules[site.layer] = RouterRule(unit, normalises, shows=bool(asked[site.layer]))
     return rules
 
 
@@ -203,8 +203,17 @@ class Exchanges:
 
         Around.__name__, Around.__qualname__ = own.__name__, own.__qualname__
         Around.__module__, Around.__doc__ = own.__module__, own.__doc__
-        self._exchanged.append((module, own))
-        module.__class__ = Around
+        self._put(module, Around)
+
+    def open(self, block: nn.Module) -> None:
+        """Lets a block show the factor that a compiled sum of its family hides."""
+        opened = opened_block(type(block))
+        if opened is not None:
+            self._put(block, opened)
+
+    def _put(self, module: nn.Module, other: type) -> None:
+        self._exchanged.append((module, type(module)))
+        module.__class__ = other
 
     def undo(self) -> None:
         """Gives every module its own class back. Calling it again does nothing."""

@@ -47,6 +47,8 @@ class Selection:
         ids: What it selected by itself, (…, top-k).
         weights: The factors of `ids`, (…, top-k, 1); None where the block shows none.
         scores: The selection scores, (…, experts), higher is better.
+        chosen: Ids and weights, (…, top-k), that a router gave with the preference; None where the
+            block itself selects.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Selection:
         self.ids: mx.array | None = None
         self.weights: mx.array | None = None
         self.scores: mx.array | None = None
+        self.chosen: tuple[mx.array, mx.array] | None = None
         self._site = site
         self._unit = unit
         self._prefer = prefer
@@ -106,7 +109,9 @@ class Selection:
         self._begin()
         self.ids, weights = ids_and_weights(call(*args, **kwargs))
         self.weights = weights[..., None]
-        return self._preferring(call, *args, **kwargs)
+        answer = self._preferring(call, *args, **kwargs)
+        self.chosen = ids_and_weights(answer)
+        return answer
 
     def _preferring(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._running, self.scores, self._allowed = True, None, None

@@ -37,7 +37,9 @@ def outcome_of(event: LayerEvent, ids: np.ndarray, weights: np.ndarray, experts:
     if detail is None:
         codes = np.zeros(ids.shape, np.uint8)
         return Outcome(ids.astype(np.int32), weights.astype(np.float32), codes)
-    missing = np.zeros(experts, np.bool_)
+    theirs = np.array(detail.ids, copy=False).reshape(ids.shape)
+    # Ids past the experts, which need no memory, are never missing.
+    missing = np.zeros(max(experts, int(ids.max()) + 1, int(theirs.max()) + 1), np.bool_)
     missing[list(event.missing or ())] = True
     applied = np.full(ids.shape, np.nan, np.float32)
     if detail.applied is not None:
@@ -50,16 +52,19 @@ def outcome_of(event: LayerEvent, ids: np.ndarray, weights: np.ndarray, experts:
         return Outcome(np.where(missed, detail.first, ids), applied, codes)
     if detail.action == "low_bit":
         return Outcome(ids.astype(np.int32), applied, codes)
-    return _reselected(event, ids, applied, missing)
+    return _reselected(event, ids, theirs, applied, missing)
 
 
 def _reselected(
-    event: LayerEvent, ids: np.ndarray, applied: np.ndarray, missing: np.ndarray
+    event: LayerEvent,
+    ids: np.ndarray,
+    theirs: np.ndarray,
+    applied: np.ndarray,
+    missing: np.ndarray,
 ) -> Outcome:
     """Pairs, by rank, the experts that gave way with those that came in their place."""
     detail = event.lossy
     assert detail is not None and detail.scores is not None
-    theirs = np.array(detail.ids, copy=False).reshape(ids.shape)
     before, after = (np.array(s.astype(mx.float32)).reshape(ids.shape) for s in detail.scores)
     place = ids[:, :, None] == theirs[:, None, :]
     stays = place.any(-1)

@@ -390,7 +390,7 @@ def _missed(events: list[LayerEvent], ids: list[np.ndarray], experts: int) -> np
         return np.array(flat)
     parts = []
     for event, layer in zip(events, ids, strict=True):
-        table = np.zeros(experts, np.uint8)
+        table = np.zeros(max(experts, int(layer.max()) + 1), np.uint8)
         table[list(event.missing or ())] = 1
         parts.append(table[layer])
     return _joined(parts)

@@ -49,9 +49,12 @@ class FamilyTable:
             "recorded or not, and again after the bank was taken out.",
             "- *weights*: recorded gate weights are what the block applies, asked by basis "
             "vectors.",
+            "- *miss actions*: lossy actions that run; the others are refused, for the reason "
+            "noted.",
             "",
-            "| family | also | experts | direct | packed | exact | weights | notes |",
-            "|---|---|---|---|---|---|---|---|",
+            "| family | also | experts | direct | packed | exact | weights "
+            "| miss actions | notes |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for trial in self.trials:
             notes = "; ".join(trial.notes)
@@ -63,6 +66,7 @@ class FamilyTable:
                 trial.packed,
                 trial.exact,
                 trial.weights,
+                trial.actions,
                 f"**FAILED:** {notes}" if trial.failed else notes,
             )
             lines.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |")

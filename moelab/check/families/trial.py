@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, MissActionError
+from ...experts.misses import ACTIONS
 from ...families import find_switches
 from ...lab import Lab
 from ..exact import compare
@@ -37,6 +39,22 @@ NEEDS_METAL: dict[str, str] = {
 }
 """Families that run on Apple's GPUs only."""
 
+NO_ACTION: dict[str, tuple[tuple[str, ...], str]] = {
+    "phimoe": (
+        ("substitute", "reroute"),
+        "its router takes the largest score, then the largest of the rest: there is no top k that "
+        "a miss action could have a say in",
+    ),
+    "muse_spark": (
+        ("drop", "substitute", "reroute"),
+        "its kernels normalise and apply the weights, so that no miss action can change them",
+    ),
+}
+"""Lossy miss actions that a family refuses, and why."""
+
+ACTION_RUN = (12, 8)
+"""Tokens of a prompt, and decoded tokens after it, under each lossy miss action."""
+
 CLOSE = 2e-6
 """Recorded weights may differ from the oracle's by so much, relatively: float32, scaled."""
 
@@ -56,6 +74,8 @@ class Trial:
     """Logits equal stock mlx-lm's, every bit, in prefill and decode; and again after closing."""
     weights: Answer = "–"
     """Recorded gate weights are the factors that the block applies."""
+    actions: str = "–"
+    """Lossy miss actions that run."""
     notes: list[str] = field(default_factory=list)
     failed: bool = False
     """Something is wrong that no list explains."""
@@ -191,6 +211,7 @@ def _compare(
             with lab.record() as recording:
                 _equal(logits(lab.model), wanted, "while it is recorded")
         _check_proof(recording, {bank.layer: bank.capacity for bank in lab.attachment.bank.layers})
+        _try_actions(trial, lab)
     if [type(m) for m in lab.model.modules()] != [type(m) for m in model.modules()]:
         raise _Broken("after closing the model is not made of the same modules")
     _equal(logits(lab.model), wanted, "after closing")
@@ -206,12 +227,54 @@ def _compare(
     trial.weights = "yes"
 
 
-def logits(model: Any) -> list[mx.array]:
-    """Runs `RUNS`, each on a cache of its own, and returns what every forward pass gave."""
+def _try_actions(trial: Trial, lab: Lab) -> None:
+    """Runs under each lossy miss action; those that are listed must be refused, and no others."""
+    listed, why = NO_ACTION.get(trial.family, ((), ""))
+    lossy = [name for name, action in ACTIONS.items() if action.lossy]
+    run = [name for name in lossy if _runs(lab, name)]
+    lab.on_miss = "load"
+    refused = [name for name in lossy if name not in run]
+    trial.actions = ", ".join(run) if refused else "all"
+    if refused != list(listed):
+        raise _Broken(
+            f"it refuses {', '.join(refused) or 'no miss action'}, and "
+            f"{', '.join(listed) or 'none'} is listed"
+        )
+    if why:
+        trial.notes.append(why)
+
+
+def _runs(lab: Lab, action: str) -> bool:
+    """Runs under a lossy miss action; False if it is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what wrong_slot is, and of weights that are not seen
+        try:
+            lab.on_miss = action
+        except MissActionError:
+            return False
+        with lab.record() as recording:
+            got = logits(lab.model, (ACTION_RUN,))
+    if not all(mx.isfinite(array).all().item() for array in got):
+        raise _Broken(f"logits are not finite under {action!r}")
+    routing = recording.routing
+    if not {"hit", action} <= set(routing["outcome"]):
+        raise _Broken(f"nothing came of {action!r}: {sorted(set(routing['outcome']))}")
+    if list(routing["step"].unique()) != list(range(1 + ACTION_RUN[1])):
+        raise _Broken(f"a recording under {action!r} lacks steps")
+    return True
+
+
+def logits(model: Any, runs: Sequence[tuple[int, int]] | None = None) -> list[mx.array]:
+    """Runs prompts, each on a cache of its own, and returns what every forward pass gave.
+
+    Args:
+        model: The model.
+        runs: Tokens of each prompt, and decoded tokens after it; None for `RUNS`.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     found = []
-    for seed, (length, decoded) in enumerate(RUNS):
+    for seed, (length, decoded) in enumerate(RUNS if runs is None else runs):
         tokens = prompt(length + decoded, seed)
         cache = make_prompt_cache(model)
         for chunk in [tokens[:length], *([t] for t in tokens[length:])]:
