@@ -106,10 +106,9 @@ def rules(family: str, **settings: Any) -> list[RouterRule]:
 @pytest.mark.parametrize("family", RUNNABLE)
 def test_the_rule(family: str) -> None:
     kind = "block" if family in IN_BLOCK else "unknown" if family in UNKNOWN else "router"
-    asked = (
-        [({FLAG[family]: flag}, flag) for flag in (True, False)] if family in FLAG else [({}, None)]
-    )
-    for settings, flag in asked:
+    flags: list[bool | None] = [True, False] if family in FLAG else [None]
+    for flag in flags:
+        settings = {} if flag is None else {FLAG[family]: flag}
         wanted = family in ALWAYS if flag is None else flag
         for rule in rules(family, **settings):
             assert rule.unit.kind == kind
@@ -120,9 +119,8 @@ def test_the_rule(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(NOT_BY_ONE))
 def test_one_expert_a_token(family: str) -> None:
-    word = "num_experts_per_token" if family.startswith("kimi_") else "num_experts_per_tok"
-    if family in ("kimi_k25", "kimi_vl"):
-        word = "num_experts_per_tok"
+    own_word = family in ("kimi_k3", "kimi_linear")
+    word = "num_experts_per_token" if own_word else "num_experts_per_tok"
     for rule in rules(family, **{word: 1, FLAG[family]: True}):
         assert rule.normalises is False
 

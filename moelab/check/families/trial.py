@@ -52,8 +52,9 @@ NO_ACTION: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Lossy miss actions that a family refuses, and why."""
 
-ACTION_RUN = (12, 8)
-"""Tokens of a prompt, and decoded tokens after it, under each lossy miss action."""
+ACTION_RUN = (8, 16)
+"""Tokens of a prompt, and decoded tokens after it, under each lossy miss action. Some of
+another group's experts must have entered before a reroute can choose any of them."""
 
 CLOSE = 2e-6
 """Recorded weights may differ from the oracle's by so much, relatively: float32, scaled."""
@@ -178,6 +179,7 @@ def _try(trial: Trial, folder: Path) -> None:
     _compare(trial, lab, model, wanted, oracle)
     if trial.packed != "yes":
         _compare_packed(trial, folder, wanted)
+    _try_actions(trial, folder)
 
 
 def _compare_packed(trial: Trial, folder: Path, wanted: list[mx.array]) -> None:
@@ -211,7 +213,6 @@ def _compare(
             with lab.record() as recording:
                 _equal(logits(lab.model), wanted, "while it is recorded")
         _check_proof(recording, {bank.layer: bank.capacity for bank in lab.attachment.bank.layers})
-        _try_actions(trial, lab)
     if [type(m) for m in lab.model.modules()] != [type(m) for m in model.modules()]:
         raise _Broken("after closing the model is not made of the same modules")
     _equal(logits(lab.model), wanted, "after closing")
@@ -227,12 +228,14 @@ def _compare(
     trial.weights = "yes"
 
 
-def _try_actions(trial: Trial, lab: Lab) -> None:
+def _try_actions(trial: Trial, folder: Path) -> None:
     """Runs under each lossy miss action; those that are listed must be refused, and no others."""
+    from ...loading import load
+
     listed, why = NO_ACTION.get(trial.family, ((), ""))
     lossy = [name for name, action in ACTIONS.items() if action.lossy]
-    run = [name for name in lossy if _runs(lab, name)]
-    lab.on_miss = "load"
+    with load(folder, 0.5) as lab:
+        run = [name for name in lossy if _runs(lab, name)]
     refused = [name for name in lossy if name not in run]
     trial.actions = ", ".join(run) if refused else "all"
     if refused != list(listed):
