@@ -401,6 +401,7 @@ def test_opened_block() -> None:
     assert opened is not None and issubclass(opened, Block)
     assert (opened.__name__, opened.__module__) == (Block.__name__, Block.__module__)
     assert moe_families.opened_block(nn.Linear) is None
+    assert moe_families.opened_block(opened) is None, "it shows its factor once"
 
     class Seeing(mx.array):
         asked: list[mx.array]

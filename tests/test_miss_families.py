@@ -64,32 +64,26 @@ class Answers(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         site, slots, low, raw = self.__dict__["parts"]
-        flat = x.reshape(-1, x.shape[-1])
-        every = mx.broadcast_to(mx.arange(site.experts, dtype=mx.uint32), (len(flat), site.experts))
-        own = np.array(site.switch(flat, every))
-        few = np.array(low(flat, every)) if low is not None else own
-        out = np.zeros((len(flat), indices.shape[-1], own.shape[-1]), np.float32)
-        chosen = np.array(indices).reshape(len(flat), -1)
-        for token, ids in enumerate(chosen):
-            for place, expert in enumerate(ids.tolist()):
-                slot = slots[token].get(expert)
-                if slot is None or slot.computed < 0:
-                    continue  # an identity's place, which weighs 0; or dropped
-                if slot.computed >= site.experts:  # an identity came in its place
-                    y = np.array(flat[token])
-                elif np.isnan(slot.weight):  # weighs the input (llama4): as its own score says
-                    scores = mx.sigmoid(site.parent.router(raw.reshape(-1, raw.shape[-1])[token]))
-                    scaled = raw.reshape(-1, raw.shape[-1])[token] * scores[slot.computed]
-                    switch = low if slot.outcome == "low_bit" else site.switch
-                    given = scaled if slot.outcome in ("substitute", "reroute") else flat[token]
-                    y = np.array(switch(given[None], mx.array([[slot.computed]])))[0, 0]
-                else:
-                    source = few if slot.outcome == "low_bit" else own
-                    y = source[token, slot.computed] * (slot.applied / slot.weight)
-                    out[token, place] = y
-                    continue
-                factor = 1.0 if np.isnan(slot.weight) else slot.applied / slot.weight
-                out[token, place] = y * factor
+        flat, raw = (a.reshape(-1, a.shape[-1]) for a in (x, raw))
+        out = np.zeros((indices.size, x.shape[-1]), np.float32)
+        for place, expert in enumerate(np.array(indices).ravel().tolist()):
+            token = place // indices.shape[-1]
+            slot = slots[token].get(expert)
+            if slot is None or slot.computed < 0:
+                continue  # an identity's place (longcat), which weighs 0; or dropped
+            given, factor = flat[token], slot.applied / slot.weight
+            if np.isnan(
+                slot.weight
+            ):  # the block has weighed the input (llama4), for its own choice
+                factor = 1.0
+                if slot.computed != expert and slot.outcome != "wrong_slot":
+                    given = raw[token] * mx.sigmoid(site.parent.router(raw[token])[slot.computed])
+            if slot.computed >= site.experts:
+                y = given  # an identity came in its place
+            else:
+                switch = low if slot.outcome == "low_bit" else site.switch
+                y = switch(given[None], mx.array([[slot.computed]]))[0, 0]
+            out[place] = np.array(y) * factor
         return mx.array(out).reshape(*indices.shape, -1).astype(x.dtype)
 
     def __getattr__(self, key: str) -> Any:
@@ -230,6 +224,8 @@ def checked(family: str, action: str, lab: Lab, sites: dict[int, SwitchSite], ru
                 changed += np.abs(call.y[t] - stock[t]).max() > 1e-3 * size
     assert {"hit", action} <= seen <= {"hit", action, "drop"}
     assert whole and changed
+    if family.startswith("longcat") and action == "substitute":
+        assert (recording.routing["computed"] >= 16).any(), "an identity in an expert's place"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
