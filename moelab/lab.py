@@ -23,6 +23,7 @@ from .experts.pins import check_room
 from .families import SwitchSite
 from .prompting import Prompt, Sampling, Template, recommended_sampling, to_tokens
 from .routing.loop import output_unread
+from .routing.steps import tokens_in
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -190,7 +191,8 @@ class Lab:
             session.note_generation(
                 {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
             )
-        if options.get("prompt_cache") is None:
+        cache = options.get("prompt_cache")
+        if cache is None or tokens_in(cache) == 0:  # a chat's first turn brings an empty one
             self._attachment.begin_run()
         options = {**sampling.options(), **options}
         for response in stream_generate(self.model, self.tokenizer, tokens, **options):

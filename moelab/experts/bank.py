@@ -52,10 +52,27 @@ class Bank:
         """Bytes of all slots."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def finish(self) -> bool:
+        """Evaluates what was computed from slots, so that these may be overwritten.
+
+        Returns:
+            False if some of it was left lazy by a forward pass that was cut off on another thread:
+            no other thread can evaluate it, and it has no reader, since the pass gave no output.
+        """
+        whole = True
+        for lazy in self.pending:  # one by one: those that can be evaluated must be
+            try:
+                mx.eval(lazy)
+            except RuntimeError as error:
+                if "Stream" not in str(error):
+                    raise
+                whole = False
+        self.pending.clear()
+        return whole
+
     def clear(self) -> None:
         """Empties every slot, as after loading; the memory stays."""
-        mx.eval(self.pending)
-        self.pending.clear()
+        self.finish()
         for layer in self.layers:
             layer.clear()
 
