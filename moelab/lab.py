@@ -326,8 +326,10 @@ class Lab:
 
     @property
     def shards(self) -> list[Path]:
-        """The checkpoint's files."""
-        return sorted({span.path for span in self._spans.values()})
+        """The files that the model was loaded from, with the pack file if experts come from one."""
+        banks = self._attachment.bank.layers
+        experts = {path for layer in banks for path in layer.paths}
+        return sorted(experts.union(span.path for span in self._spans.values()))
 
     @property
     def attachment(self) -> Attachment:

@@ -207,12 +207,21 @@ def check_backend(sites: Sequence[SwitchSite], dtype: str | None) -> None:
     """Refuses experts of a type that this machine's backend cannot multiply.
 
     Raises:
-        CheckpointError: For unquantised 16-bit experts on a CPU, unless they are to be converted.
+        CheckpointError: On a CPU, for unquantised 16-bit experts, unless they are to be converted,
+            and for quantised ones with a global scale.
     """
-    if dtype == "float32" or mx.default_device() != mx.Device(mx.cpu):
+    if mx.default_device() != mx.Device(mx.cpu):
         return
     for site in sites:
         for name, key, array in site.tensors():
+            if key == "global_scale":
+                raise CheckpointError(
+                    f"{site.path}.{name} is quantised with a global scale for each expert, which "
+                    "MLX multiplies on a GPU only (stock mlx-lm fails as well). Run it on a Mac, "
+                    "or quantise the original model without one."
+                )
+            if dtype == "float32":
+                continue
             quantised = "scales" in site.projections[name]
             if not quantised and array.dtype in (mx.bfloat16, mx.float16):
                 raise CheckpointError(

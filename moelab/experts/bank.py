@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
@@ -139,6 +140,11 @@ class LayerBank:
     def capacity(self) -> int:
         """Slots of this layer."""
         return self.residency.capacity
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that its experts are read from."""
+        return {span.path for spans in self._spans.values() for span in spans}
 
     def begin(self, needed: Sequence[int]) -> list[int]:
         """Starts an event; returns the misses. Mends what an interrupted event left behind."""
