@@ -380,7 +380,9 @@ def test_an_empty_cache_begins_a_run() -> None:
         def passed(cache: list[Any]) -> int:
             for _ in lab.stream(list(range(5, 25)), 3, temperature=0.0, prompt_cache=cache):
                 pass
-            return next(iter(lab.attachment._engine.layers.values())).range.count
+            engine = lab.attachment._engine
+            assert engine is not None
+            return next(iter(engine.layers.values())).range.count
 
         cache = make_prompt_cache(lab.model)
         first = passed(cache)

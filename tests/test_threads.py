@@ -101,7 +101,7 @@ def test_a_lossy_lab_goes_on_in_another_thread(action: str, swap_budget: int | N
         got = [run(lab), elsewhere(lambda: run(lab)), run(lab), elsewhere(lambda: run(lab))]
         for one, other in zip(got, want, strict=True):
             assert stock.same_steps(one, other)
-        given_up = lab.stream(PROMPT, 6)
+        given_up: Any = lab.stream(PROMPT, 6)
         next(given_up)
         given_up.close()
         elsewhere(lambda: lab.model(mx.array([PROMPT])))  # nobody evaluates its output
