@@ -16,13 +16,14 @@ from .checkpoint.fingerprint import fingerprint
 from .checkpoint.headers import TensorSpan
 from .display import facts_html, facts_text, size
 from .errors import ClosedError, MoelabError
-from .experts.attach import Attachment, all_parameters, arrays_in
+from .experts.attach import Attachment, Reopen, all_parameters, arrays_in
 from .experts.capacity import Capacity, fixed_capacities
 from .experts.misses import MissAction, WrongSlot, checked_budget, resolve_action
 from .experts.pins import check_room
 from .families import SwitchSite
 from .prompting import Prompt, Sampling, Template, recommended_sampling, to_tokens
 from .routing.loop import output_unread
+from .routing.steps import tokens_in
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -90,6 +91,7 @@ class Lab:
         pins: Mapping[int, frozenset[int]] | None = None,
         swap_budget: int | None = None,
         budget: Budget | None = None,
+        reopen: Reopen,
     ) -> None:
         self.name = name
         self.path = path
@@ -102,6 +104,7 @@ class Lab:
         self.pins = dict(pins or {})
         self.swap_budget = swap_budget
         self.budget = budget
+        self._reopen = reopen
         self.sampling = recommended_sampling(path)
         self._attachment = attachment
         self._spans = spans
@@ -190,7 +193,8 @@ class Lab:
             session.note_generation(
                 {**settings, "sampling": sampling.as_dict(), "prompt_tokens": len(tokens)}
             )
-        if options.get("prompt_cache") is None:
+        cache = options.get("prompt_cache")
+        if cache is None or tokens_in(cache) == 0:  # a chat's first turn brings an empty one
             self._attachment.begin_run()
         options = {**sampling.options(), **options}
         for response in stream_generate(self.model, self.tokenizer, tokens, **options):
@@ -292,8 +296,6 @@ class Lab:
             PinsError: If it leaves too little room beside the pins.
             MoelabError: While the lab is being recorded.
         """
-        from .loading import reopened
-
         self._check_open()
         if self.sessions:
             raise MoelabError(
@@ -303,7 +305,7 @@ class Lab:
         wanted = fixed_capacities(capacity, self.sites)
         check_room(self.pins, self.sites, wanted)
         try:
-            self._attachment.resize(wanted, lambda sites: reopened(self.path, sites))
+            self._attachment.resize(wanted, self._reopen)
         finally:
             self.capacities = self._attachment.capacities()
             self._watch_last_layer()
@@ -324,8 +326,10 @@ class Lab:
 
     @property
     def shards(self) -> list[Path]:
-        """The checkpoint's files."""
-        return sorted({span.path for span in self._spans.values()})
+        """The files that the model was loaded from, with the pack file if experts come from one."""
+        banks = self._attachment.bank.layers
+        experts = {path for layer in banks for path in layer.paths}
+        return sorted(experts.union(span.path for span in self._spans.values()))
 
     @property
     def attachment(self) -> Attachment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,9 @@ def load(
             pins=pinned,
             swap_budget=swap_budget,
             budget=settled.budget,
+            reopen=functools.partial(
+                reopened, folder, pack=pack, trust_remote_code=trust_remote_code
+            ),
         )
         if action.lossy:
             lab.set_on_miss(action)
@@ -179,13 +183,19 @@ def load(
 
 
 def reopened(
-    folder: Path, sites: Sequence[SwitchSite]
+    folder: Path,
+    sites: Sequence[SwitchSite],
+    *,
+    pack: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[int, dict[tuple[str, str], tuple[TensorSpan, ...]]]:
     """Makes the experts of stock layers lazy again, as they were before they were loaded.
 
     Args:
         folder: The model's folder.
         sites: The layers; their switches get lazy arrays.
+        pack: As in `load`.
+        trust_remote_code: As in `load`.
 
     Returns:
         Where each tensor is, by layer.
@@ -194,10 +204,12 @@ def reopened(
         CheckpointError: If the experts cannot be read one at a time.
     """
     spans = read_headers(folder)
-    model, config, trace = load_traced(folder)
+    model, config, trace = load_traced(folder, trust_remote_code=trust_remote_code)
     fresh = {site.layer: site for site in find_switches(model, config["model_type"])}
     again = [fresh[site.layer] for site in sites]
-    found = find_origins(folder, again, trace, spans)
+    found = find_origins(
+        folder, again, trace, spans, packed=pack, trust_remote_code=trust_remote_code
+    )
     for site, lazy in zip(sites, again, strict=True):
         for name, key, array in lazy.tensors():
             site.switch[name][key] = array
@@ -208,12 +220,21 @@ def check_backend(sites: Sequence[SwitchSite], dtype: str | None) -> None:
     """Refuses experts of a type that this machine's backend cannot multiply.
 
     Raises:
-        CheckpointError: For unquantised 16-bit experts on a CPU, unless they are to be converted.
+        CheckpointError: On a CPU, for unquantised 16-bit experts, unless they are to be converted,
+            and for quantised ones with a global scale.
     """
-    if dtype == "float32" or mx.default_device() != mx.Device(mx.cpu):
+    if mx.default_device() != mx.Device(mx.cpu):
         return
     for site in sites:
         for name, key, array in site.tensors():
+            if key == "global_scale":
+                raise CheckpointError(
+                    f"{site.path}.{name} is quantised with a global scale for each expert, which "
+                    "MLX multiplies on a GPU only (stock mlx-lm fails as well). Run it on a Mac, "
+                    "or quantise the original model without one."
+                )
+            if dtype == "float32":
+                continue
             quantised = "scales" in site.projections[name]
             if not quantised and array.dtype in (mx.bfloat16, mx.float16):
                 raise CheckpointError(

@@ -353,7 +353,7 @@ def test_quantisations(tmp_path: Path, family: str, quant: str) -> None:
     same_at_half(build(tmp_path / "x", config_of(family), quant=QUANTS[quant], seed=2, shards=2))
 
 
-def test_a_scale_for_each_expert(tmp_path: Path) -> None:
+def test_a_scale_for_each_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nvfp4 with a global scale: a row of one number. Only GPUs compute with it, so only read."""
     nvfp4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
     config = config_of("qwen3_moe")
@@ -369,6 +369,11 @@ def test_a_scale_for_each_expert(tmp_path: Path) -> None:
     write_shards(tmp_path, weights, 1)
     write_tokenizer(tmp_path, False)
     write_json(tmp_path / "config.json", {**config, "quantization": nvfp4})
+    if mx.default_device() == mx.Device(mx.cpu):
+        for dtype in (None, "float32"):
+            with pytest.raises(CheckpointError, match="on a GPU only"):
+                moelab.load(tmp_path, 0.5, dtype=dtype)
+        monkeypatch.setattr("moelab.loading.check_backend", lambda *_: None)
     with moelab.load(tmp_path, 0.5) as lab:
         for layer in lab.attachment.bank.layers:
             layer.load(layer.residency.admit([3, 7], layer.begin([3, 7])))

@@ -537,3 +537,28 @@ def test_records_begin_at_pages() -> None:
     import mmap
 
     assert ALIGN % mmap.PAGESIZE == 0
+
+
+def test_checks_look_at_the_pack_file(path: Path) -> None:
+    """Where experts are read from is what `check` measures and what a lab lists as its files."""
+    from moelab.check.bandwidth import expert_pieces
+    from moelab.check.model import open_model
+    from moelab.families import find_switches
+
+    file = moelab.pack(path, progress=False)
+    with moelab.load(path, 4) as lab:
+        assert file in lab.shards and len(lab.shards) > 1
+    with moelab.load(path, 4, pack=False) as lab:
+        assert file not in lab.shards
+    content = file.read_bytes()
+    opened = open_model(path)
+    stock_model, _ = stock.stock(path)
+    for layer, site in zip(
+        opened.layers, find_switches(stock_model, opened.facts.family), strict=True
+    ):
+        tensors = {(name, key): array for name, key, array in site.tensors()}
+        for expert in range(layer.experts):
+            pieces = expert_pieces(layer, expert)
+            assert all(piece.path == file for piece in pieces)
+            got = [content[p.offset : p.offset + p.nbytes] for p in pieces]
+            assert got == [memory(tensors[key][expert]) for key in layer.origins]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import moelab
+from moelab.errors import CapacityError
 from moelab.experts.policies import REPLAY_ONLY
 from moelab.lab import Lab
 from moelab.routing.recording import Recording
@@ -109,3 +110,33 @@ def test_a_policy_that_is_not_the_one_that_ran_differs() -> None:
     assert loads["lru"][keys].equals(rec.loads[keys])
     others = [name for name in LIVE if name != "lru" and loads[name].equals(loads["lru"])]
     assert not others
+
+
+def test_a_recording_says_how_it_was_made() -> None:
+    path = stock.folder("olmoe")
+    layers = tiny.moe_layers("olmoe")
+    capacity = [6] * (len(layers) - 1) + [8]
+    pins = {layers[0]: [15, 3], layers[-1]: [7]}
+    with moelab.load(path, capacity, pins=pins) as lab:
+        rec, _ = record(lab, [tiny.prompt(30, seed=1)], 8, chunk=13)
+    result = moelab.replay(rec)
+    assert list(result.capacity.values()) == capacity
+    assert result.pins[layers[0]] == [3, 15]
+    keys = ["run", "step", "layer", "expert"]
+    assert result.loads[keys].equals(rec.loads[keys])
+    assert result.routing["hit"].equals(rec.routing["hit"])
+    assert set(moelab.replay(rec, capacity=10).capacity.values()) == {10}
+    with pytest.raises(CapacityError, match="Give capacity="):
+        moelab.replay(rec.routing)
+
+
+def test_a_warm_recording() -> None:
+    """A bank that was used before: its residents' recency is in the manifest."""
+    with moelab.load(stock.folder("olmoe"), 6, pins=[3]) as lab:
+        lab.generate(tiny.prompt(30, seed=5), 10, template=False, temperature=0)
+        rec, tally = record(lab, [tiny.prompt(9, seed=1)], 20, chunk=4)
+        assert len(tally.loads) > 20
+    replayed = moelab.replay(rec)
+    keys = ["run", "step", "layer", "expert"]
+    assert replayed.loads[keys].equals(rec.loads[keys])
+    assert replayed.routing["hit"].equals(rec.routing["hit"])

@@ -85,3 +85,48 @@ def test_recorded_in_another_thread() -> None:
         assert tokens == len(again.tokens) >= len(PROMPT)
         keys = ["token_id", "layer", "rank", "expert", "weight"]
         assert rec.routing[keys].equals(again.routing[keys])
+
+
+@pytest.mark.parametrize("swap_budget", [None, 0])
+@pytest.mark.parametrize("action", ["drop", "substitute", "reroute", "low_bit"])
+def test_a_lossy_lab_goes_on_in_another_thread(action: str, swap_budget: int | None) -> None:
+    """A lossy step is settled when the next one begins, which may be on another thread."""
+
+    def run(lab: moelab.Lab) -> Any:
+        return stock.steps(lab.stream(PROMPT, 6, temperature=0.0, prefill_step_size=8))
+
+    with moelab.load(stock.folder("qwen3_moe"), 4, on_miss=action, swap_budget=swap_budget) as lab:
+        want = [run(lab) for _ in range(4)]
+        lab.reset()
+        got = [run(lab), elsewhere(lambda: run(lab)), run(lab), elsewhere(lambda: run(lab))]
+        for one, other in zip(got, want, strict=True):
+            assert stock.same_steps(one, other)
+        given_up: Any = lab.stream(PROMPT, 6)
+        next(given_up)
+        given_up.close()
+        elsewhere(lambda: lab.model(mx.array([PROMPT])))  # nobody evaluates its output
+        lab.set_on_miss(action)
+        assert stock.same_steps(run(lab), want[0]) or swap_budget == 0
+
+
+def test_a_lossy_pass_cut_off_in_another_thread() -> None:
+    """What it left lazy can be evaluated by no other thread, and does not stop the lab."""
+    with moelab.load(stock.folder("qwen3_moe"), 4, on_miss="drop") as lab:
+        want = stock.steps(lab.stream(PROMPT, 6, temperature=0.0))
+        lab.reset()
+        last = max(lab.attachment.switches)
+        site = next(s for s in lab.sites if s.layer == last)
+        inner = site.parent[site.key]
+
+        def cut_off() -> None:
+            site.parent[site.key] = None
+            try:
+                lab.model(mx.array([PROMPT[:1]]))
+            finally:
+                site.parent[site.key] = inner
+
+        with pytest.raises(AttributeError):
+            elsewhere(cut_off)
+        stock.steps(lab.stream(PROMPT, 6, temperature=0.0))
+        lab.reset()
+        assert stock.same_steps(stock.steps(lab.stream(PROMPT, 6, temperature=0.0)), want)

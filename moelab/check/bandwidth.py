@@ -139,7 +139,8 @@ def expert_pieces(layer: OpenLayer, expert: int) -> list[Piece]:
     for spans in layer.origins.values():
         if len(spans) == 1:
             row = spans[0].nbytes // layer.experts
-            pieces.append(Piece(spans[0].path, spans[0].offset + expert * row, row))
+            step = spans[0].stride or row  # in a pack file the rest of an expert lies between
+            pieces.append(Piece(spans[0].path, spans[0].offset + expert * step, row))
         else:
             pieces.append(Piece(spans[expert].path, spans[expert].offset, spans[expert].nbytes))
     return pieces

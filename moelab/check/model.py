@@ -21,8 +21,9 @@ from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.headers import TensorSpan, read_headers
 from ..checkpoint.provenance import load_traced
 from ..checkpoint.resolve import read_config, resolve
-from ..experts.attach import all_parameters, origins_of
+from ..experts.attach import all_parameters
 from ..experts.budget import Need, needs
+from ..experts.source import find_origins
 from ..families import SwitchSite, find_switches
 from ..loading import check_backend
 
@@ -125,9 +126,9 @@ def open_model(name_or_path: str | Path) -> OpenModel:
     given = _inputs(model, sites)
     need = needs(model, sites, config)
     layers = []
-    for site, entry in zip(sites, given, strict=True):
-        # The trace keeps every array of the checkpoint alive, so it is not kept itself.
-        origins = origins_of(site, trace, spans)
+    # The trace keeps every array of the checkpoint alive, so it is not kept itself.
+    found = find_origins(folder, sites, trace, spans)
+    for site, entry, origins in zip(sites, given, found, strict=True):
         nbytes = sum(array.nbytes // site.experts for _, _, array in site.tensors())
         layers.append(OpenLayer(site, origins, entry, site.experts, nbytes))
     total = sum(a.nbytes for _, a in tree_flatten(all_parameters(model)))

@@ -111,8 +111,7 @@ class Attachment:
         After an interrupt each layer has the old or the new number of slots, and misses are read.
         """
         action, engine = self.action, self._engine
-        mx.eval(self.bank.pending)
-        self.bank.pending.clear()
+        self.bank.finish()
         try:
             self._put(Load(), None, keep_copies=True)
             self._resize(dict(zip(self._sites, capacities, strict=True)), reopen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
@@ -52,10 +53,27 @@ class Bank:
         """Bytes of all slots."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def finish(self) -> bool:
+        """Evaluates what was computed from slots, so that these may be overwritten.
+
+        Returns:
+            False if some of it was left lazy by a forward pass that was cut off on another thread:
+            no other thread can evaluate it, and it has no reader, since the pass gave no output.
+        """
+        whole = True
+        for lazy in self.pending:  # one by one: those that can be evaluated must be
+            try:
+                mx.eval(lazy)
+            except RuntimeError as error:
+                if "Stream" not in str(error):
+                    raise
+                whole = False
+        self.pending.clear()
+        return whole
+
     def clear(self) -> None:
         """Empties every slot, as after loading; the memory stays."""
-        mx.eval(self.pending)
-        self.pending.clear()
+        self.finish()
         for layer in self.layers:
             layer.clear()
 
@@ -122,6 +140,11 @@ class LayerBank:
     def capacity(self) -> int:
         """Slots of this layer."""
         return self.residency.capacity
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that its experts are read from."""
+        return {span.path for spans in self._spans.values() for span in spans}
 
     def begin(self, needed: Sequence[int]) -> list[int]:
         """Starts an event; returns the misses. Mends what an interrupted event left behind."""

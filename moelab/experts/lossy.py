@@ -89,6 +89,8 @@ class LossyLayer:
         self.range = Range()
         self.seen = -1
         """The bank's count of changes that was taken over last."""
+        self.closes = False
+        """Whether this is the last layer of a step."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -176,6 +178,8 @@ class LossyLayer:
         def hook(factor: mx.array) -> mx.array:
             if event.weights is None:
                 event.weights = factor
+                if self.closes:  # as in `LossyEngine.compute`, which came too early for this one
+                    mx.async_eval(factor)
             applied = detail.applied = self._applied(factor, detail.ids, here)
             if detail.beside is not None:
                 past = (detail.ids >= self.bank.experts)[..., None]
@@ -215,6 +219,8 @@ class LossyEngine:
         self.action = action
         self.layers = {layer.site.layer: layer for layer in layers}
         self.swap_budget = swap_budget
+        if layers:
+            layers[-1].closes = True
         self._bank = bank
         self._order = {layer.site.layer: place for place, layer in enumerate(layers)}
         self._last = len(layers)  # so that the first layer to run begins a step
@@ -265,7 +271,18 @@ class LossyEngine:
             # A chunk: begun, not waited for, so that its outputs and scores are let go.
             mx.async_eval(read, *(event.lossy.scores or ()) if event.lossy else ())
         self._bank.pending.append(read)
+        if layer.closes:
+            self._start()
         return y, event
+
+    def _start(self) -> None:
+        """Begins to compute, and does not wait for, all that the next step asks of this one.
+
+        The next step may run on another thread, which cannot evaluate what this one left lazy.
+        """
+        known = [a for e in self._step for a in (e.ids, e.weights) if isinstance(a, mx.array)]
+        means = [layer.range.total for layer in self.layers.values()]
+        mx.async_eval(known, means, self._bank.pending)
 
     def begin_run(self) -> None:
         """Begins a run: the running means start anew."""
@@ -289,11 +306,11 @@ class LossyEngine:
             or not all(layer.bank.residency.policy.admits for layer in self.layers.values())
         ):
             if len(pending) > KEPT_STEPS * len(self.layers):
-                mx.eval(pending)
-                pending.clear()
+                self._bank.finish()
             return
-        mx.eval([e.ids for e in step], [e.weights for e in step if e.weights is not None], pending)
-        pending.clear()
+        if not self._bank.finish():
+            return  # a step that was cut off on another thread: nobody can read what it asked for
+        mx.eval([e.ids for e in step], [e.weights for e in step if e.weights is not None])
         for event in step:
             self._swap(event)
 

@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..display import facts_html, facts_text
+from ..errors import CapacityError
 from ..experts.policies import Future, Min, MinForced, make_policy
 from ..experts.residency import Load, Residency
 from .events import LayerEvents, check_frame, layer_events, steps_of
 from .metrics import miss_rates
-from .replay_arguments import Experts, check_pins, experts_of, ids_by_layer, slots_of
+from .recording import Recording
+from .replay_arguments import (
+    Experts,
+    as_recorded,
+    check_pins,
+    experts_of,
+    ids_by_layer,
+    slots_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,10 +110,10 @@ class Replay:
 
 
 def replay(
-    routing: pd.DataFrame,
+    routing: pd.DataFrame | Recording,
     policy: Any = "lru",
     *,
-    capacity: int | float | Mapping[int, int | float],
+    capacity: int | float | Mapping[int, int | float] | None = None,
     pins: Experts = None,
     initial: Experts = None,
     experts: int | Mapping[int, int] | None = None,
@@ -115,8 +124,12 @@ def replay(
     padding included. The bank starts with its pins and `initial`, and is kept from run to run.
 
     Args:
-        routing: A frame with the columns of `rec.routing`; needed are `run`, `step`, `layer`,
-            `rank` and `expert`. Rows in order of time, as a recording has them.
+        routing: A recording, or a frame with the columns of `rec.routing`; needed are `run`,
+            `step`, `layer`, `rank` and `expert`. Rows in order of time, as a recording has them.
+            A recording also says what is not given here: capacity, pins, initial contents and
+            experts as they were when it was made. The policy is LRU unless given. What had been
+            used when is not recorded: a replay agrees event for event if the bank was fresh or
+            reset when the recording began.
         policy: A name from `moelab.policies()`, or a policy of one's own.
         capacity: Slots a layer: an int counts experts, a float is a share of them (1 and 1.0
             differ), rounded half up; or either by layer.
@@ -133,10 +146,20 @@ def replay(
     Raises:
         ReplayError: If the frame lacks columns, is empty, or was recorded with a lossy miss
             action, after which later routing is not what it would have been.
-        CapacityError: If a capacity is under a layer's top-k or over its number of experts.
+        CapacityError: If none is known, or one is under a layer's top-k or over its number of
+            experts.
         PolicyError: If the policy is unknown, or if pins or initial contents name an expert or a
             layer that is not there, or leave fewer than top-k slots.
     """
+    if isinstance(routing, Recording):
+        recorded = as_recorded(routing.run)
+        capacity = recorded["capacity"] if capacity is None else capacity
+        pins = recorded["pins"] if pins is None else pins
+        initial = recorded["initial"] if initial is None else initial
+        experts = recorded["experts"] if experts is None else experts
+        routing = routing.routing
+    if capacity is None:
+        raise CapacityError("A routing frame does not say a capacity. Give capacity=.")
     check_frame(routing)
     step, steps = steps_of(routing)
     layers = layer_events(routing, step)

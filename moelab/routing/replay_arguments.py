@@ -15,6 +15,19 @@ Experts = Iterable[int] | Mapping[int, Iterable[int]] | None
 """Expert ids: the same for every layer, or by layer."""
 
 
+def as_recorded(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that a recording's manifest holds."""
+    capacity, layers = run["capacity"], run["layers"]
+    return {
+        "capacity": dict(zip(layers, capacity, strict=True))
+        if isinstance(capacity, list)
+        else capacity,
+        "pins": {int(layer): ids for layer, ids in run["pins"].items()},
+        "initial": {int(layer): ids for layer, ids in run["initial_bank"].items()},
+        "experts": dict(zip(layers, run["experts"], strict=True)),
+    }
+
+
 def experts_of(
     experts: int | Mapping[int, int] | None, layers: list[LayerEvents]
 ) -> dict[int, int]:

@@ -89,8 +89,9 @@ def manifest(lab: Lab, **options: Any) -> dict[str, Any]:
         "on_miss_settings": lab.miss_action.settings,
         "swap_budget": lab.swap_budget,
         "pins": {str(layer): sorted(pins) for layer, pins in lab.pins.items()},
+        # From most to least worth keeping, so that a replay begins with the same recency.
         "initial_bank": {
-            str(layer.layer): sorted(layer.residency.slot_of)
+            str(layer.layer): layer.residency.ranking()[::-1]
             for layer in lab.attachment.bank.layers
         },
         "generations": [],
