@@ -162,3 +162,25 @@ def test_the_pieces_are_shown() -> None:
     with moelab.load(stock.folder("olmoe"), 4) as lab:
         assert "4 of 16" in repr(lab) and "top-2" in repr(lab) and "on disk" in repr(lab)
         assert "4 of 16" in lab._repr_html_()
+
+
+@pytest.mark.parametrize("action", ["drop", "substitute", "reroute", "low_bit"])
+def test_turns_under_a_lossy_action_add_nothing(action: str) -> None:
+    """20 turns, recorded or not: neither MLX's memory nor Python's objects grow."""
+    with moelab.load(stock.folder("qwen3_next"), 8, on_miss=action) as lab:
+
+        def turns(number: int) -> int:
+            for turn in range(number):
+                lab.generate(tiny.prompt(20, seed=turn), 6)
+                with lab.record():
+                    lab.generate(tiny.prompt(8, seed=turn), 3)
+            mx.eval(lab.attachment.bank.pending)
+            gc.collect()
+            mx.clear_cache()
+            return mx.get_active_memory()
+
+        few = turns(3)
+        objects = len(gc.get_objects())
+        assert turns(20) <= few + 4096
+        assert len(gc.get_objects()) < objects + 500
+        assert len(lab.attachment.bank.pending) <= 4 * len(lab.sites)
