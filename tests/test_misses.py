@@ -92,7 +92,7 @@ def rows(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32)).reshape(-1, array.shape[-1])
 
 
-def run(lab: Lab, seed: int, prompt: int = 24, decode: int = 5) -> None:
+def run(lab: Lab, seed: int, prompt: int = 16, decode: int = 4) -> None:
     tokens = tiny.prompt(prompt + decode, seed=seed)
     cache = make_prompt_cache(lab.model)
     for chunk in (
@@ -286,7 +286,7 @@ def test_what_enters_between_steps(variant: str, budget: int | None, action: str
     for capacity in capacities(variant):
         with moelab.load(path, capacity, on_miss=action, swap_budget=budget) as lab:
             calls = spied(lab)
-            run(lab, seed=3, decode=12)
+            run(lab, seed=3, decode=8)
             ranges, changed = Ranges(), False
             banks = {
                 site.layer: Swaps(

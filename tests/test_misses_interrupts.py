@@ -53,7 +53,7 @@ def test_while_running(owner: Any, name: str, action: str, monkeypatch: pytest.M
         fresh.on_miss = "load"
         exact = steps(fresh)
     with moelab.load(path, 4, on_miss=action) as lab:
-        for number in range(1, 60, 3):
+        for number in range(1, 60, 8):
             trip = Trip(getattr(owner, name), after=number % 2 == 0)
             trip.left = number
             with monkeypatch.context() as patch:
@@ -83,9 +83,9 @@ def test_while_changing(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) 
             wanted[action] = steps(fresh)
     stopped = 0
     with moelab.load(path, 4) as lab:
-        for number in range(1, 40, 2):
+        for number in range(1, 40, 5):
             for action in actions:
-                trip = Trip(getattr(owner, name), after=number % 4 == 1)
+                trip = Trip(getattr(owner, name), after=number % 2 == 1)
                 trip.left = number
                 with monkeypatch.context() as patch:
                     patch.setattr(owner, name, lambda *a, t=trip, **k: t(*a, **k))

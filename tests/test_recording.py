@@ -326,8 +326,13 @@ def test_a_recording_under_way_keeps_no_cache_alive() -> None:
 def test_the_manifest_names_all_that_matters() -> None:
     with moelab.load(stock.folder("qwen2_moe", chat_template=True), 5) as lab:
         lab.generate(PROMPT, 2, template=False)
-        before = {layer.layer: sorted(layer.residency.slot_of) for layer in
-                  lab.attachment.bank.layers}  # fmt: skip
+        # Most recently used first, which is how the policy ranks them.
+        before = {
+            layer.layer: list(layer.residency.policy._order)[::-1]  # type: ignore[attr-defined]
+            for layer in lab.attachment.bank.layers
+        }
+        held = {b.layer: set(b.residency.slot_of) for b in lab.attachment.bank.layers}
+        assert {layer: set(order) for layer, order in before.items()} == held
         with lab.record() as rec:
             lab.generate("the router", 3, template=False, seed=7, temperature=0.5)
             lab.generate("the router", 3, prefill_step_size=4, top_p=np.float64(0.9))
