@@ -95,7 +95,7 @@ class Selection:
         return weighted(zeros, (*indices.shape, 1), caught)
 
     def _around_block(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._begin()
+        self._begins()
         self.plain = True
         try:
             call(*args, **kwargs)
@@ -106,7 +106,7 @@ class Selection:
         return self._preferring(call, *args, **kwargs)
 
     def _around_router(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._begin()
+        self._begins()
         self.ids, weights = ids_and_weights(call(*args, **kwargs))
         self.weights = weights[..., None]
         answer = self._preferring(call, *args, **kwargs)
@@ -119,9 +119,6 @@ class Selection:
             return call(*args, **kwargs)
         finally:
             self._running = False
-
-    def _begin(self) -> None:
-        self._begins()
 
     def mask(self, masked: mx.array) -> None:
         """Told which experts are in groups that the token may choose from, (…, groups, n)."""

@@ -52,7 +52,33 @@ class LRU(PolicyBase):
         self._order = dict.fromkeys([*sorted(known.difference(order)), *order])
 
 
-class LeastStale(PolicyBase):
+class _Fifo(PolicyBase):
+    """Experts in the order in which they entered; the oldest leaves first."""
+
+    def __init__(self) -> None:
+        self._queue: dict[int, None] = {}
+
+    def used(self, experts: Sequence[int]) -> None:
+        """Use changes nothing."""
+
+    def evict(self, count: int, residents: Collection[int], kept: Collection[int]) -> list[int]:
+        """See `Policy.evict`."""
+        chosen = _oldest(self._queue, count, kept, ())
+        for expert in chosen:
+            del self._queue[expert]
+        return chosen
+
+    def admitted(self, experts: Sequence[int]) -> None:
+        """See `Policy.admitted`."""
+        for expert in experts:
+            self._queue.setdefault(expert)
+
+    def resync(self, residents: Iterable[int]) -> None:
+        """See `Policy.resync`."""
+        self._queue = dict.fromkeys(_resynced(self._queue, residents))
+
+
+class LeastStale(_Fifo):
     """Evicts first those experts that this pass did not use, oldest entry first.
 
     An expert is *current* if the pass (here: the event) used it, and *stale* otherwise. Stale
@@ -67,7 +93,7 @@ class LeastStale(PolicyBase):
     name = "least_stale"
 
     def __init__(self) -> None:
-        self._queue: dict[int, None] = {}
+        super().__init__()
         self._current: frozenset[int] = frozenset()
 
     def used(self, experts: Sequence[int]) -> None:
@@ -83,17 +109,8 @@ class LeastStale(PolicyBase):
             del self._queue[expert]
         return chosen
 
-    def admitted(self, experts: Sequence[int]) -> None:
-        """See `Policy.admitted`."""
-        for expert in experts:
-            self._queue.setdefault(expert)
 
-    def resync(self, residents: Iterable[int]) -> None:
-        """See `Policy.resync`."""
-        self._queue = dict.fromkeys(_resynced(self._queue, residents))
-
-
-class Static(PolicyBase):
+class Static(_Fifo):
     """Admits nothing: pins and initial contents stay, every other expert is read when it is used.
 
     Such misses are computed in the slots that are left, at least top-k, and forgotten. This is
@@ -102,28 +119,6 @@ class Static(PolicyBase):
 
     name = "static"
     admits = False
-
-    def __init__(self) -> None:
-        self._queue: dict[int, None] = {}
-
-    def used(self, experts: Sequence[int]) -> None:
-        """Use changes nothing."""
-
-    def evict(self, count: int, residents: Collection[int], kept: Collection[int]) -> list[int]:
-        """First in, first out; asked only where slots are taken away."""
-        chosen = _oldest(self._queue, count, kept, ())
-        for expert in chosen:
-            del self._queue[expert]
-        return chosen
-
-    def admitted(self, experts: Sequence[int]) -> None:
-        """Notes initial contents."""
-        for expert in experts:
-            self._queue.setdefault(expert)
-
-    def resync(self, residents: Iterable[int]) -> None:
-        """See `Policy.resync`."""
-        self._queue = dict.fromkeys(_resynced(self._queue, residents))
 
 
 class Sieve(PolicyBase):
