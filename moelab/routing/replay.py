@@ -127,9 +127,10 @@ def replay(
         routing: A recording, or a frame with the columns of `rec.routing`; needed are `run`,
             `step`, `layer`, `rank` and `expert`. Rows in order of time, as a recording has them.
             A recording also says what is not given here: capacity, pins, initial contents and
-            experts as they were when it was made. The policy is LRU unless given. What had been
-            used when is not recorded: a replay agrees event for event if the bank was fresh or
-            reset when the recording began.
+            experts as they were when it was made; not the policy, which is LRU unless given. Of
+            what happened before it, the order of the bank's experts is recorded and counts of
+            use are not: a replay agrees event for event under LRU, and under other policies if
+            the bank was fresh or reset when the recording began.
         policy: A name from `moelab.policies()`, or a policy of one's own.
         capacity: Slots a layer: an int counts experts, a float is a share of them (1 and 1.0
             differ), rounded half up; or either by layer.
