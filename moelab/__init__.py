@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         PolicyError,
         ProfileError,
         ReplayError,
+        SchemaError,
+        StudyError,
     )
     from .experts.pins import Pins
     from .experts.policies import policies
@@ -53,6 +55,8 @@ _HOME = {
     "PolicyError": "errors",
     "ProfileError": "errors",
     "ReplayError": "errors",
+    "SchemaError": "errors",
+    "StudyError": "errors",
     "Pins": "experts.pins",
     "policies": "experts.policies",
     "Profile": "experts.profile",
@@ -93,7 +97,9 @@ __all__ = [
     "Recording",
     "Replay",
     "ReplayError",
+    "SchemaError",
     "Session",
+    "StudyError",
     "discover",
     "generate",
     "load",

@@ -32,6 +32,14 @@ class ReplayError(MoelabError, ValueError):
     """A routing frame that cannot be replayed."""
 
 
+class StudyError(MoelabError, ValueError):
+    """A comparison, sweep, curve, price or forecast that cannot be made from what was given."""
+
+
+class SchemaError(StudyError):
+    """A frame that is not as moelab writes it; the message names the column."""
+
+
 class ProfileError(MoelabError, ValueError):
     """A profile that is damaged, cannot be made or written, or is of another model."""
 
