@@ -185,13 +185,16 @@ class Attachment:
         held = [switch["low"] for switch in self.switches.values() if "low" in switch]
         return sum(array.nbytes for low in held for array in arrays_in(low))
 
-    def set_action(self, action: MissAction, swap_budget: int | None = None) -> None:
+    def set_action(
+        self, action: MissAction, swap_budget: int | None = None, *, keep_copies: bool = False
+    ) -> None:
         """Says what happens on a miss from now on, and resets the bank.
 
         Args:
             action: What.
             swap_budget: Experts a layer that may enter after a step of a lossy action; None for
                 the layer's top-k.
+            keep_copies: Leave copies at few bits in memory, for an action that comes back soon.
 
         Raises:
             MissActionError: If the action cannot be had for this model; all is as it was then.
@@ -199,7 +202,7 @@ class Attachment:
         """
         engine = self._make_engine(action, swap_budget) if action.lossy else None
         try:
-            self._put(action, engine)
+            self._put(action, engine, keep_copies=keep_copies)
             self.reset()
         except BaseException:
             # Cut off half-way, an action must not be in place here and not there.
