@@ -1,4 +1,4 @@
-"""Figures from recorded frames. Pure pandas: they know neither MLX nor a lab."""
+"""Misses and expert use, by whatever columns one likes."""
 
 from __future__ import annotations
 
