@@ -54,11 +54,10 @@ class Range:
         return means.reshape(*scores.shape[:-1], 1)
 
 
-class LossyLayer:
-    """One layer under a lossy action.
+class MissLayer:
+    """One layer under a lossy action, wherever its experts' outputs come from.
 
     Args:
-        bank: Its slots.
         site: The layer.
         rule: How its weights are made.
         action: What happens on a miss.
@@ -66,12 +65,7 @@ class LossyLayer:
     """
 
     def __init__(
-        self,
-        bank: LayerBank,
-        site: SwitchSite,
-        rule: RouterRule,
-        action: MissAction,
-        low: nn.Module | None,
+        self, site: SwitchSite, rule: RouterRule, action: MissAction, low: nn.Module | None
     ) -> None:
         # Of one expert alone nothing is left that could be renormalised.
         if action.weighs and not rule.shows and rule.normalises is not False and site.top_k > 1:
@@ -80,30 +74,24 @@ class LossyLayer:
                 f"weights, which may be normalised, so {action.name!r} cannot renormalise them. "
                 "Take 'load', 'low_bit' or 'wrong_slot' for this family."
             )
-        self.bank = bank
         self.site = site
         self.rule = rule
         self.action = action
         self.low = low
         self.selection: Selection | None = None
         self.range = Range()
-        self.seen = -1
-        """The bank's count of changes that was taken over last."""
         self.closes = False
         """Whether this is the last layer of a step."""
-        self.refresh()
+        self.missing: frozenset[int] = frozenset()
+        """The experts that count as missing."""
+        self.resident: mx.array = mx.ones(site.experts, mx.bool_)
+        """The others, as bool (experts,)."""
+        self.first = -1
+        """The expert in slot 0."""
 
-    def refresh(self) -> None:
-        """Takes over from the bank what is resident."""
-        seen, slot_of = self.bank.changes, self.bank.residency.slot_of
-        resident = np.zeros(self.bank.experts, np.bool_)
-        resident[list(slot_of)] = True
-        self.missing = frozenset(np.flatnonzero(~resident).tolist())
-        self.first = next((e for e, slot in slot_of.items() if slot == 0), -1)
-        self.table = mx.array(self.bank.slot_table())
-        self.resident = mx.array(resident)
-        mx.eval(self.table, self.resident)  # small; and another thread may run the next step
-        self.seen = seen
+    def outputs(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Returns the chosen experts' outputs, (…, top-k, width); what is missing is ignored."""
+        raise NotImplementedError
 
     def prefer(
         self, scores: mx.array, allowed: mx.array | None, chosen: mx.array | None
@@ -128,7 +116,7 @@ class LossyLayer:
         return mx.where(favoured, scores.astype(mx.float32), others)
 
     def compute(self, x: mx.array, indices: mx.array) -> tuple[mx.array, LayerEvent]:
-        """Computes a step's experts from what is resident.
+        """Computes a step's experts, those that are missing as the action says.
 
         Args:
             x: Activations, as the block gives them to its switch.
@@ -146,7 +134,7 @@ class LossyLayer:
         )
         if self.selection is not None:
             self._note_selection(self.selection, event)
-        y = self.bank.switch(x, self.table[indices])
+        y = self.outputs(x, indices)
         here = self.resident[indices]
         if self.low is not None:
             y = mx.where(here[..., None], y, self.low(x, indices))
@@ -158,11 +146,11 @@ class LossyLayer:
         assert selection.ids is not None and selection.scores is not None
         assert event.lossy is not None
         event.ids, event.weights = selection.ids, selection.weights
-        if selection.scores.shape[-1] > self.bank.experts and selection.chosen is not None:
+        if selection.scores.shape[-1] > self.site.experts and selection.chosen is not None:
             # Ids past the experts (longcat's identities) reach the switch as 0 at weight 0.
             event.lossy.ids, event.lossy.beside = selection.chosen
             if event.weights is not None:
-                past = (event.ids >= self.bank.experts)[..., None]
+                past = (event.ids >= self.site.experts)[..., None]
                 event.weights = mx.where(past, 0.0, event.weights)
         # Two numbers a slot, so that the scores of all experts need not be held.
         event.lossy.scores = (
@@ -182,7 +170,7 @@ class LossyLayer:
                     mx.async_eval(factor)
             applied = detail.applied = self._applied(factor, detail.ids, here)
             if detail.beside is not None:
-                past = (detail.ids >= self.bank.experts)[..., None]
+                past = (detail.ids >= self.site.experts)[..., None]
                 detail.applied = mx.where(past, detail.beside[..., None], applied)
             return applied
 
@@ -201,6 +189,48 @@ class LossyLayer:
         total, left = whole.sum(-2, keepdims=True), part.sum(-2, keepdims=True)
         ratio = mx.where(left > 0, total / mx.where(left > 0, left, 1.0), 0.0)
         return (kept.astype(mx.float32) * ratio).astype(factor.dtype)
+
+
+class LossyLayer(MissLayer):
+    """One layer under a lossy action, computed from what is resident.
+
+    Args:
+        bank: Its slots.
+        site: The layer.
+        rule: How its weights are made.
+        action: What happens on a miss.
+        low: For `low_bit`, the switch over the copies of all experts.
+    """
+
+    def __init__(
+        self,
+        bank: LayerBank,
+        site: SwitchSite,
+        rule: RouterRule,
+        action: MissAction,
+        low: nn.Module | None,
+    ) -> None:
+        super().__init__(site, rule, action, low)
+        self.bank = bank
+        self.seen = -1
+        """The bank's count of changes that was taken over last."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes over from the bank what is resident."""
+        seen, slot_of = self.bank.changes, self.bank.residency.slot_of
+        resident = np.zeros(self.bank.experts, np.bool_)
+        resident[list(slot_of)] = True
+        self.missing = frozenset(np.flatnonzero(~resident).tolist())
+        self.first = next((e for e, slot in slot_of.items() if slot == 0), -1)
+        self.table = mx.array(self.bank.slot_table())
+        self.resident = mx.array(resident)
+        mx.eval(self.table, self.resident)  # small; and another thread may run the next step
+        self.seen = seen
+
+    def outputs(self, x: mx.array, indices: mx.array) -> mx.array:
+        """See `MissLayer.outputs`: a missing expert's is what slot 0 gives."""
+        return self.bank.switch(x, self.table[indices])
 
 
 class LossyEngine:

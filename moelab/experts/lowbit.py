@@ -55,6 +55,24 @@ def low_bit_copies(layer: LayerBank, bits: int) -> nn.Module:
     return switch
 
 
+def copies_in_memory(site: SwitchSite, bits: int) -> nn.Module:
+    """Quantises all experts of a layer that stayed stock; as `low_bit_copies`, without a disk.
+
+    Args:
+        site: The layer, whose switch has all its experts in memory.
+        bits: 2 or 3.
+
+    Raises:
+        MissActionError: If a projection's input width is no multiple of the group.
+    """
+    switch = copy.copy(site.switch)
+    for name in site.projections:
+        arrays = _quantised(site.switch[name], site.experts, bits)
+        mx.eval(arrays)
+        switch[name] = projection_of(arrays, bits)
+    return switch
+
+
 def low_bit_bytes(site: SwitchSite, bits: int) -> int:
     """Returns the bytes that `low_bit_copies` will take; nothing is evaluated."""
     total = 0
