@@ -23,6 +23,7 @@ from .copies import Copies
 from .lossy import LossyEngine, LossyLayer, initial_order
 from .misses import Load, LowBit, MissAction
 from .policies import PolicyMaker
+from .residency import Residency
 from .router import RouterRule, ask_rules
 from .switch import PartialSwitch
 
@@ -237,6 +238,37 @@ class Attachment:
             layer.fill(order, 0 if self.action.lossy else site.top_k)
         if self._engine is not None:
             self._engine.restart()
+
+    def govern(
+        self,
+        make_policy: PolicyMaker,
+        pins: Mapping[int, Iterable[int]],
+        orders: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        """Gives every layer another policy, other pins and other initial contents; resets the bank.
+
+        The slots and the miss action stay, so that many banks can be tried in one loaded model.
+
+        Args:
+            make_policy: Called once for each layer.
+            pins: Experts that never leave, by layer; the caller has checked that there is room.
+            orders: Experts by layer, in the order in which they fill an empty bank after the pins.
+        """
+        self.bank.finish()
+        self._make_policy, self._orders = make_policy, orders or {}
+        self._pins = {layer: frozenset(experts) for layer, experts in pins.items()}
+        for layer in self.bank.layers:
+            layer.clear()
+            pinned = self._pins.get(layer.layer, ())
+            layer.residency = Residency(layer.capacity, make_policy(), pinned)
+        self.reset()
+
+    @property
+    def governed(
+        self,
+    ) -> tuple[PolicyMaker, Mapping[int, frozenset[int]], Mapping[int, Sequence[int]]]:
+        """What `govern` takes, as it is now."""
+        return self._make_policy, self._pins, self._orders
 
     def begin_run(self) -> None:
         """Told when a generation begins that goes on from no other."""
