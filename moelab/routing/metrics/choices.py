@@ -176,7 +176,7 @@ def _standing(held: dict[str, Array]) -> dict[str, Array]:
 
 
 def _changes(held: Mapping[str, Array], by: Sequence[str]) -> Array:
-    """Returns (rows,), bool: any of these columns differs from the row before; True in the first."""
+    """Returns (rows,), bool: whether any of these columns differs from the row before."""
     changes = np.zeros(len(held[by[0]]), np.bool_)
     changes[:1] = True
     for name in by:
