@@ -9,12 +9,10 @@ from its declared initial contents.
 from __future__ import annotations
 
 import contextlib
-import copy
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -23,13 +21,17 @@ from ..errors import StudyError
 from ..experts.misses import Load, MissAction, resolve_action
 from ..lab import PREFILL_STEP, Lab
 from .divergence import CONSTRAINED, REFERENCE, check_finite, diverge
+from .imposed import RouterInputs
+from .snapshots import Snapshots
+from .store import ArrayStore, Rows, mapped
 from .window import Window
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KEPT_BYTES = 64_000_000
-"""Logits of a window that are kept in memory; beyond it they are written to a file."""
+Arm = Literal["constrained", "imposed", "own"]
+"""A run under the action; the same with the full model's routing imposed; the same with the full
+model's past. See `moelab.quality.arms`."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,19 @@ class Reference:
         chunk: Tokens a forward pass after the prefix; None for one at a time, as in decoding. A
             run that is judged against this has the same passes.
         record: Keep what the routers chose.
+        arms: Keep what the other arms need: see `moelab.quality.arms`.
 
     Attributes:
         lab: The model.
         window: The window.
         chunk: As given.
-        routing: With `record`, the routers' choices: see `RouterChoices`.
+        routing: With `record`, the run's routing frame; else None.
+        inputs: With `arms`, what the routers saw; else None.
+        snapshots: With `arms`, the cache after each pass; else None.
 
     Raises:
-        StudyError: If a logit is NaN or infinite.
+        StudyError: If a logit is NaN or infinite, or arms cannot be had for this family.
+        MoelabError: While the lab is being recorded.
     """
 
     def __init__(
@@ -68,26 +74,45 @@ class Reference:
         *,
         chunk: int | None = None,
         record: bool = False,
+        arms: bool = False,
     ) -> None:
         self.lab = lab
         self.window = window
         self.chunk = checked_chunk(chunk)
         self.routing: pd.DataFrame | None = None
+        self.inputs: RouterInputs | None = None
+        self.snapshots: Snapshots | None = None
         self._rows: Rows | None = None
+        if arms:
+            if not isinstance(lab, Lab):
+                raise StudyError(
+                    "Arms need the full run of the model that is judged: leave reference out."
+                )
+            store = ArrayStore()
+            self.snapshots = Snapshots(store)
+            self.inputs = RouterInputs(lab.model, lab.sites, store)
         with exactly(lab):
             self._cache = run_prefix(lab.model, window)
             if isinstance(lab, Lab):
                 lab.reset()
-            with recorded(lab, record) as recording:
+            noting = self.inputs.noting() if self.inputs else contextlib.nullcontext()
+            with noting, recorded(lab, record) as recording:
                 self._run(lab.model)
             if recording is not None:
                 self.routing = recording.routing
 
     def _run(self, model: Any) -> None:
-        for at, logits in passes(model, self.window, self.cache(), self.chunk, REFERENCE):
+        for at, logits in passes(
+            model, self.window, self.cache(), self.chunk, REFERENCE, self._keep
+        ):
             if self._rows is None:
                 self._rows = Rows(self.window.judged, logits.shape[-1])
             self._rows.put(at, logits)
+
+    def _keep(self, cache: list[Any], number: int, tokens: int) -> None:
+        if self.snapshots is not None and self.inputs is not None:
+            self.snapshots.note(cache, tokens)
+            self.inputs.next()
 
     def cache(self) -> list[Any]:
         """Returns a copy of the cache after the prefix, to go on from."""
@@ -134,10 +159,7 @@ def judge(
         MissActionError: If the action cannot be had for this model.
         MoelabError: While the lab is being recorded.
     """
-    frame, _ = judged(
-        lab, window, reference, on_miss, swap_budget=swap_budget, kv_bits=kv_bits, record=False
-    )
-    return frame
+    return judged(lab, window, reference, on_miss, swap_budget=swap_budget, kv_bits=kv_bits)[0]
 
 
 def judged(
@@ -148,16 +170,30 @@ def judged(
     *,
     swap_budget: int | None = None,
     kv_bits: int | None = None,
+    arm: Arm = "constrained",
     record: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """As `judge`; also returns what the routers chose, if `record`."""
+    """As `judge`, in one of the arms; also returns the run's routing frame, if `record`."""
     if reference.window != window:
         raise StudyError(
             f"The reference is of another window ({reference.window.document!r}, "
             f"{len(reference.window.tokens)} tokens) than the one to judge ({window.document!r}, "
             f"{len(window.tokens)} tokens). Make a Reference for each window."
         )
+    inputs, snapshots = reference.inputs, reference.snapshots
+    if arm != "constrained" and (inputs is None or snapshots is None or reference.lab is not lab):
+        raise StudyError(
+            f"The arm {arm!r} needs the same lab's full run with what its routers saw and its "
+            "caches: make it with Reference(lab, window, arms=True)."
+        )
     parts = []
+
+    def after(cache: list[Any], number: int, tokens: int) -> None:
+        if arm == "imposed" and inputs is not None:
+            inputs.next()
+        if arm == "own" and snapshots is not None:
+            snapshots.restore(cache, number, tokens)
+
     with as_before(lab):
         if reference.lab is lab:
             cache = reference.cache()
@@ -166,8 +202,10 @@ def judged(
             cache = run_prefix(lab.model, window)
         cache = quantised(cache, kv_bits)
         put_action(lab, on_miss, swap_budget)
-        with recorded(lab, record) as recording:
-            for at, logits in passes(lab.model, window, cache, reference.chunk, CONSTRAINED):
+        # After the action, whose say in the selection then is inside of what is imposed.
+        imposing = inputs.imposing() if arm == "imposed" and inputs else contextlib.nullcontext()
+        with imposing, recorded(lab, record) as recording:
+            for at, logits in passes(lab.model, window, cache, reference.chunk, CONSTRAINED, after):
                 count = len(logits)
                 wanted = np.array(window.wanted[at : at + count])
                 parts.append(diverge(reference.logits(at, at + count), logits, wanted))
@@ -232,15 +270,31 @@ def run_prefix(model: Any, window: Window) -> list[Any]:
 
 
 def passes(
-    model: Any, window: Window, cache: list[Any], chunk: int | None, run: str
+    model: Any,
+    window: Window,
+    cache: list[Any],
+    chunk: int | None,
+    run: str,
+    after: Callable[[list[Any], int, int], None],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Runs the tokens after the prefix; yields each pass's place and finite logits, float32."""
+    """Runs the tokens after the prefix; yields each pass's place and finite logits, float32.
+
+    Args:
+        model: mlx-lm's model.
+        window: What to run.
+        cache: The cache after the prefix; it is changed.
+        chunk: Tokens a pass; None for one.
+        run: What an error calls the run.
+        after: Called with the cache, the pass's number and its tokens when it was evaluated.
+    """
     fed, step = window.fed, chunk or 1
-    for at in range(0, len(fed), step):
-        logits = one_pass(model, fed[at : at + step], cache)
+    for number, at in enumerate(range(0, len(fed), step)):
+        tokens = fed[at : at + step]
+        logits = one_pass(model, tokens, cache)
         check_finite(
             logits, document=window.document, first_position=window.prefix + 1 + at, run=run
         )
+        after(cache, number, len(tokens))
         yield at, logits
 
 
@@ -253,21 +307,9 @@ def one_pass(model: Any, tokens: Sequence[int], cache: list[Any]) -> np.ndarray:
 
 def copied(cache: list[Any]) -> list[Any]:
     """Returns a cache with the same contents, which going on from does not change the first."""
-    found = []
-    for part in cache:
-        twin = copy.copy(part)
-        # Caches write into their arrays in place, so the arrays must be others too.
-        twin.state = _copied_arrays(part.state)
-        found.append(twin)
-    return found
-
-
-def _copied_arrays(value: Any) -> Any:
-    if isinstance(value, mx.array):
-        return mx.array(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_copied_arrays(item) for item in value)
-    return value
+    # Caches write into their arrays in place, so the arrays must be others too.
+    twin: list[Any] = mapped(cache, mx.array, mx.array)
+    return twin
 
 
 def quantised(cache: list[Any], bits: int | None) -> list[Any]:
@@ -344,36 +386,3 @@ def recorded(lab: Lab | Stock, record: bool) -> Iterator[Any]:
         return
     with lab.record() as recording:
         yield recording
-
-
-class Rows:
-    """Logits of a window's judged tokens.
-
-    Args:
-        rows: How many there will be.
-        vocabulary: Logits a row.
-        kept_bytes: Held in memory up to this size, else in a file without a name, which is gone
-            when nothing refers to it any more, whatever happens to the process.
-    """
-
-    def __init__(self, rows: int, vocabulary: int, kept_bytes: int | None = None) -> None:
-        self._file: Any = None
-        self._array: np.ndarray
-        if 4 * rows * vocabulary <= (KEPT_BYTES if kept_bytes is None else kept_bytes):
-            self._array = np.empty((rows, vocabulary), np.float32)
-        else:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
-            self._array = np.memmap(self._file, np.float32, "w+", shape=(rows, vocabulary))
-
-    @property
-    def in_file(self) -> bool:
-        """Whether they are in a file."""
-        return self._file is not None
-
-    def put(self, at: int, logits: np.ndarray) -> None:
-        """Keeps some rows from a place on."""
-        self._array[at : at + len(logits)] = logits
-
-    def get(self, start: int, stop: int) -> np.ndarray:
-        """Returns some rows, (rows, vocabulary), float32."""
-        return np.asarray(self._array[start:stop])
