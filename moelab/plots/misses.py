@@ -7,24 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import INK, MUTED, axes, styled
+from .checks import require
+from .style import ACTION_STYLES, INK, MUTED, axes, finish, looks, styled
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-ACTION_STYLES = {
-    "load": ("#222222", "-", "o"),
-    "low_bit": ("#1b7f79", "-", "s"),
-    "substitute": ("#3b6fb6", "-", "^"),
-    "reroute": ("#8d6cab", "--", "v"),
-    "drop": ("#d1495b", "-", "D"),
-    "wrong_slot": ("#8a8a8a", ":", "X"),
-}
-"""Colour, line and marker of each action: told apart without colour too."""
+BANDS = ("#1b4f72", "#5b9bc8", "#f0d9a8", "#ffffff")
+"""From safe to unsafe, from dark to light, so that they are told apart in grey as well."""
 
-BANDS = ("#1b4f72", "#5b9bc8", "#f0d9a8", "#c0392b")
-"""From safe to unsafe; darkest at both ends, so the text on them is white there."""
+UNSAFE = "#b03a2e"
+"""Text and frame of a cell that is not shown to be within any tolerance."""
 
 
 def cost_by_capacity(
@@ -33,6 +27,7 @@ def cost_by_capacity(
     experts: int,
     tolerances: Sequence[float] = (0.05, 0.2),
     ax: Axes | None = None,
+    note: str | None = None,
 ) -> Axes:
     """Draws perplexity against the exact run's, a line an action.
 
@@ -43,9 +38,12 @@ def cost_by_capacity(
         experts: Experts a layer that the model has.
         tolerances: Shares by which perplexity may rise; drawn as lines.
         ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    require(summary, ["action"], numbers=("capacity", "mean"), gaps=("low", "high"))
+    styles = looks([str(a) for a in summary["action"].unique()], ACTION_STYLES)
     with styled():
         ax = axes(ax, 8, 4.4)
         for tolerance in tolerances:
@@ -56,7 +54,7 @@ def cost_by_capacity(
             )  # fmt: skip
         ax.axhline(1, color=INK, linewidth=0.9)
         for action, rows in summary.groupby("action", observed=True, sort=False):
-            colour, line, marker = ACTION_STYLES[str(action)]
+            colour, line, marker = styles[str(action)]
             ordered = rows.sort_values("capacity")
             x = ordered["capacity"]
             ax.fill_between(
@@ -68,7 +66,7 @@ def cost_by_capacity(
                 markersize=5, label=str(action),
             )  # fmt: skip
         ax.set_yscale("log")
-        top = float(np.exp(summary["high"].max()))
+        top = float(np.exp(summary[["mean", "high"]].max().max()))
         ticks = [t for t in (0.8, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if t < 1.3 * top]
         ax.yaxis.set_major_locator(FixedLocator(ticks))
         ax.yaxis.set_minor_locator(NullLocator())
@@ -79,7 +77,7 @@ def cost_by_capacity(
         ax.set_xlabel(f"experts a layer in memory, of {experts}")
         ax.set_ylabel("perplexity ÷ the exact run's")
         ax.legend(loc="upper left", title="on a miss", alignment="left")
-    return ax
+    return finish(ax, summary, note)
 
 
 def safe_capacities(
@@ -87,6 +85,7 @@ def safe_capacities(
     *,
     tolerances: tuple[float, float, float] = (0.01, 0.05, 0.2),
     ax: Axes | None = None,
+    note: str | None = None,
 ) -> Axes:
     """Draws which action is safe at which capacity, as a table of coloured cells.
 
@@ -96,9 +95,11 @@ def safe_capacities(
         summary: As for `cost_by_capacity`.
         tolerances: Ascending shares by which perplexity may rise.
         ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
     """
     from matplotlib.patches import Patch, Rectangle
 
+    require(summary, ["action"], numbers=("capacity", "mean"), gaps=("low", "high"))
     actions = list(dict.fromkeys(summary["action"]))
     capacities = sorted(summary["capacity"].unique(), reverse=True)
     with styled():
@@ -107,12 +108,14 @@ def safe_capacities(
         for row in summary.itertuples():
             x, y = capacities.index(row.capacity), actions.index(row.action)
             band = int(np.searchsorted(np.log1p(tolerances), row.high))
-            ax.add_patch(
-                Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=BANDS[band], linewidth=0)
-            )
+            cell = Rectangle(
+                (x - 0.48, y - 0.46), 0.96, 0.92, facecolor=BANDS[band], edgecolor=UNSAFE,
+                linewidth=0.9 if band == 3 else 0,
+            )  # fmt: skip
+            ax.add_patch(cell)
             ax.annotate(
                 f"×{np.exp(row.mean):.2f}", (x, y), ha="center", va="center",
-                color="white" if band in (0, 3) else INK, fontsize=9,
+                color=("white", INK, INK, UNSAFE)[band], fontsize=9,
             )  # fmt: skip
         ax.set(xlim=(-0.5, len(capacities) - 0.5), ylim=(len(actions) - 0.5, -0.5))
         ax.set_xticks(range(len(capacities)), [str(c) for c in capacities])
@@ -123,8 +126,11 @@ def safe_capacities(
         low, middle, high = (f"{t:.0%}" for t in tolerances)
         names = [f"within {low}", f"within {middle}", f"within {high}", "worse, or not shown"]
         ax.legend(
-            handles=[Patch(color=c, label=n) for c, n in zip(BANDS, names, strict=True)],
+            handles=[
+                Patch(facecolor=c, label=n, edgecolor=UNSAFE, linewidth=0.9 * (c == BANDS[3]))
+                for c, n in zip(BANDS, names, strict=True)
+            ],
             loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, fontsize=8, handlelength=1,
             columnspacing=1.2, borderaxespad=0.2,
         )  # fmt: skip
-    return ax
+    return finish(ax, summary, note)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import GRID, INK, MUTED, PHASE_COLOURS, SEQUENCE, axes, styled
+from ..errors import StudyError
+from .checks import require
+from .style import (
+    GRID,
+    INK,
+    MUTED,
+    PHASE_COLOURS,
+    PHASE_MARKERS,
+    SEQUENCE,
+    above,
+    axes,
+    finish,
+    label_line,
+    percent,
+    styled,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def expert_map(
-    routing: pd.DataFrame, *, experts: int | None = None, ax: Axes | None = None
+    routing: pd.DataFrame,
+    *,
+    experts: int | None = None,
+    ax: Axes | None = None,
+    note: str | None = None,
 ) -> Axes:
     """Draws how often each layer chose each expert.
 
@@ -23,6 +42,7 @@ def expert_map(
         routing: A recording's `routing`.
         experts: Experts a layer; None takes the highest id seen.
         ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
 
     Returns:
         The Axes: layers down, experts across, colour the multiple of what uniform routing would
@@ -30,6 +50,7 @@ def expert_map(
     """
     from ..routing.metrics import expert_shares
 
+    require(routing, numbers=("layer", "expert"), called="routing")
     shares = expert_shares(routing)
     if experts is not None:
         shares = shares.reindex(columns=range(experts), fill_value=0.0)
@@ -46,11 +67,15 @@ def expert_map(
         bar = ax.figure.colorbar(image, ax=ax, pad=0.015, extend="max")
         bar.set_label("× uniform routing", color=INK)
         bar.outline.set_visible(False)
-    return ax
+    return finish(ax, routing, note)
 
 
 def hit_rate_by_layer(
-    routing: pd.DataFrame, *, uniform: float | None = None, ax: Axes | None = None
+    routing: pd.DataFrame,
+    *,
+    uniform: float | None = None,
+    ax: Axes | None = None,
+    note: str | None = None,
 ) -> Axes:
     """Draws each layer's hit rate, a point a phase.
 
@@ -58,7 +83,9 @@ def hit_rate_by_layer(
         routing: A recording's `routing`.
         uniform: Share of the experts in memory: what uniform routing would hit; drawn as a line.
         ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
     """
+    require(routing, ["phase"], numbers=("layer", "hit"), called="routing")
     rates = (
         routing[routing["phase"] != "padding"]
         .groupby(["phase", "layer"], observed=True)["hit"]
@@ -69,36 +96,32 @@ def hit_rate_by_layer(
         ax = axes(ax, 7, 3.2)
         if uniform is not None:
             ax.axhline(uniform, color=MUTED, linestyle="--", linewidth=1)
-            ax.annotate(
-                "uniform routing",
-                (1, uniform),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
-                textcoords="offset points",
-                ha="right",
-                color=MUTED,
-                fontsize=9,
-            )
+            label_line(ax, uniform, "uniform routing")
         for phase in rates.columns:
             ax.plot(
                 range(len(rates)),
                 rates[phase],
-                marker="o",
+                marker=PHASE_MARKERS[str(phase)],
                 color=PHASE_COLOURS[str(phase)],
                 label=str(phase),
             )
         ax.set_xticks(range(len(rates)), [str(layer) for layer in rates.index])
         ax.set_ylim(0, 1)
-        ax.yaxis.set_major_formatter(_percent())
+        ax.yaxis.set_major_formatter(percent())
         ax.set_xlabel("layer")
         ax.set_ylabel("routed slots that hit")
         ax.set_title("Hit rate by layer")
-        ax.legend(loc="lower right", ncols=len(rates.columns))
-    return ax
+        above(ax)
+    return finish(ax, routing, note)
 
 
 def hit_rate_over_time(
-    tokens: pd.DataFrame, *, window: int = 16, uniform: float | None = None, ax: Axes | None = None
+    tokens: pd.DataFrame,
+    *,
+    window: int = 16,
+    uniform: float | None = None,
+    ax: Axes | None = None,
+    note: str | None = None,
 ) -> Axes:
     """Draws the hit rate of each token in the order in which they ran, and its running mean.
 
@@ -109,7 +132,9 @@ def hit_rate_over_time(
         window: Tokens in the running mean.
         uniform: Share of the experts in memory; drawn as a line.
         ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
     """
+    require(tokens, ["phase"], numbers=("hits", "misses"), called="tokens")
     frame = tokens[tokens["phase"] != "padding"].reset_index(drop=True)
     rate = frame["hits"] / (frame["hits"] + frame["misses"])
     # Prompts and answers by themselves: a mean across the border would show a slope that is none.
@@ -121,7 +146,8 @@ def hit_rate_over_time(
             ax.scatter(
                 frame.index[chosen],
                 rate[chosen],
-                s=9,
+                s=11,
+                marker=PHASE_MARKERS[phase],
                 alpha=0.6,
                 linewidths=0,
                 color=PHASE_COLOURS[phase],
@@ -135,12 +161,12 @@ def hit_rate_over_time(
             ax.axhline(uniform, color=MUTED, linestyle="--", linewidth=1, label="uniform routing")
         ax.set_ylim(0, 1)
         ax.set_xlim(-0.5, max(len(frame) - 0.5, 0.5))
-        ax.yaxis.set_major_formatter(_percent())
+        ax.yaxis.set_major_formatter(percent())
         ax.set_xlabel("token")
         ax.set_ylabel("routed slots that hit")
         ax.set_title("Hit rate over time")
-        ax.legend(loc="lower right", ncols=4)
-    return ax
+        above(ax)
+    return finish(ax, tokens, note)
 
 
 def domain_experts(
@@ -149,6 +175,7 @@ def domain_experts(
     *,
     experts: int,
     ax: Axes | None = None,
+    note: str | None = None,
 ) -> Axes:
     """Draws which experts of one layer each domain uses.
 
@@ -157,10 +184,18 @@ def domain_experts(
         layer: The layer.
         experts: Experts of that layer.
         ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
 
     Returns:
         The Axes: domains down, experts across, ordered by the domain that uses each the most.
     """
+    if not routing_by_domain:
+        raise StudyError("routing_by_domain is empty, so there is nothing to draw.")
+    for name, frame in routing_by_domain.items():
+        require(frame, numbers=("layer", "expert"), called=f"routing_by_domain[{name!r}]")
+        if not (frame["layer"] == layer).any():
+            known = sorted(frame["layer"].unique().tolist())
+            raise StudyError(f"There is no layer {layer} in the routing of {name!r}, only {known}.")
     shares = np.stack(
         [
             np.bincount(frame.loc[frame["layer"] == layer, "expert"], minlength=experts)
@@ -186,10 +221,4 @@ def domain_experts(
         bar = ax.figure.colorbar(image, ax=ax, pad=0.015, extend="max")
         bar.set_label("× uniform", color=INK)
         bar.outline.set_visible(False)
-    return ax
-
-
-def _percent() -> Any:
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1.0, decimals=0)
+    return finish(ax, next(iter(routing_by_domain.values())), note)

@@ -1,0 +1,155 @@
+"""Charts of why a constrained run differs from the full model: which tokens, when, through what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..quality.intervals import clustered
+from .checks import require
+from .scales import METRICS, draw_noise_floor, floor_below, log_axis
+from .style import (
+    ACTION_STYLES,
+    axes,
+    beside,
+    finish,
+    looks,
+    styled,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+"""Those that llama.cpp's perplexity tool prints too."""
+
+
+def kl_by_position(
+    tokens: pd.DataFrame,
+    *,
+    by: str | None = None,
+    bins: int = 16,
+    noise_floor: float | None = 0.0,
+    ax: Axes | None = None,
+    note: str | None = None,
+) -> Axes:
+    """Draws KL against how far a token lies behind the exact prefix.
+
+    Args:
+        tokens: A comparison's `tokens`, one row a judged token: `document`, `position`, `kl`.
+        by: Column that tells curves apart, such as `"on_miss"` or `"domain"`; None draws one.
+        bins: Stretches of about as many tokens each, over which the mean is taken.
+        noise_floor: What two exact runs differ by, nats a token; None if it was not measured.
+        ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
+
+    Raises:
+        SchemaError: If the frame lacks a column or has no rows.
+    """
+    extra = [by] if by else []
+    require(tokens, ["document", *extra], numbers=["position", "kl"], called="tokens")
+    keys = ["document", *extra]
+    first = tokens.groupby(keys, observed=True)["position"].transform("min")
+    behind = (tokens["position"] - first).to_numpy() + 1
+    edges = np.unique(np.round(np.linspace(0, behind.max(), min(bins, behind.max()) + 1)))
+    place = np.searchsorted(edges, behind, side="left") - 1
+    centre = (edges[:-1] + 1 + edges[1:]) / 2
+    frame = tokens.assign(_x=centre[place], _curve=tokens[by].astype(str) if by else "all tokens")
+    strata = "domain" if "domain" in tokens and by != "domain" else None
+    points = clustered(frame, "kl", ["_curve", "_x"], strata=strata, limits=(0.0, np.inf))
+    floor = floor_below(np.append(points[["mean"]].to_numpy(), noise_floor or 0.0))
+    with styled():
+        ax = axes(ax, 8, 3.8)
+        styles = looks(list(dict.fromkeys(points["_curve"])), ACTION_STYLES)
+        for name, rows in points.groupby("_curve", sort=False):
+            look, rows = styles[str(name)], rows.sort_values("_x")
+            low, mean, high = (rows[c].clip(lower=floor) for c in ("low", "mean", "high"))
+            ax.fill_between(rows["_x"], low, high, color=look.colour, alpha=0.14, linewidth=0)
+            ax.plot(
+                rows["_x"], mean, color=look.colour, linestyle=look.line, marker=look.marker,
+                markersize=4.5, label=str(name),
+            )  # fmt: skip
+        log_axis(ax, points[["mean", "high"]].to_numpy(), floor)
+        draw_noise_floor(
+            ax, METRICS["kl_mean"], noise_floor, floor if noise_floor == 0 else noise_floor
+        )
+        ax.set_xlabel("tokens behind the exact prefix")
+        ax.set_ylabel("KL(full ∥ constrained), nats a token")
+        ax.set_title("KL by position, mean and 95% band over documents")
+        beside(ax, title=by, title_fontsize=9)
+    return finish(ax, tokens, note)
+
+
+def kl_quantiles(
+    tokens: pd.DataFrame,
+    *,
+    by: str | None = None,
+    noise_floor: float | None = 0.0,
+    ax: Axes | None = None,
+    note: str | None = None,
+) -> Axes:
+    """Draws the distribution of KL over tokens, with the tail that a mean hides.
+
+    Args:
+        tokens: A comparison's `tokens`: `kl`.
+        by: Column that tells curves apart, such as `"on_miss"` or `"domain"`; None draws one.
+        noise_floor: What two exact runs differ by, nats a token; None if it was not measured.
+        ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
+
+    Returns:
+        The Axes: across, the share of tokens with less KL, stretched towards 100%. A curve ends
+        where one token is left, as far as so many tokens can say.
+
+    Raises:
+        SchemaError: If the frame lacks a column or has no rows.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    require(tokens, [by] if by else [], numbers=["kl"], called="tokens")
+    curves = (
+        {str(k): v["kl"].to_numpy() for k, v in tokens.groupby(by, observed=True, sort=False)}
+        if by
+        else {"all tokens": tokens["kl"].to_numpy()}
+    )
+    # The scale begins below the smallest quartile that is positive, not at the smallest rounding.
+    shown = [float(np.quantile(kl, q)) for kl in curves.values() for q in (0.25, *QUANTILES, 1)]
+    floor = floor_below([*shown, noise_floor or 0.0])
+    least = min(1 / len(kl) for kl in curves.values())
+    with styled():
+        ax = axes(ax, 8, 4)
+        styles = looks(list(curves), ACTION_STYLES)
+        for name, kl in curves.items():
+            look = styles[name]
+            share = 1 - np.geomspace(0.9, 1 / len(kl), 120)
+            ax.plot(
+                1 / (1 - share), np.clip(np.quantile(kl, share), floor, None), color=look.colour,
+                linestyle=look.line,
+            )  # fmt: skip
+            marked = [q for q in QUANTILES if 1 - q >= 1 / len(kl)]
+            ax.plot(
+                [1 / (1 - q) for q in marked], np.clip(np.quantile(kl, marked), floor, None),
+                color=look.colour, linestyle="none", marker=look.marker, markersize=6,
+            )  # fmt: skip
+            ax.plot(
+                [], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=6,
+                label=f"{name} (mean {kl.mean():.2g}, max {kl.max():.2g})",
+            )  # fmt: skip
+        log_axis(ax, [kl.max() for kl in curves.values()], floor)
+        draw_noise_floor(
+            ax, METRICS["kl_mean"], noise_floor, floor if noise_floor == 0 else noise_floor
+        )
+        ax.set_xscale("log")
+        ticks = [*QUANTILES, 0.9999, 0.99999]
+        kept = [q for q in ticks if 1 - q >= least * 0.99]
+        ax.xaxis.set_major_locator(FixedLocator([1 / (1 - q) for q in kept]))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticklabels([f"{100 * q:g}%" for q in kept])
+        ax.set_xlim(1.1, 1 / least * 1.15)
+        ax.set_xlabel("share of tokens with less KL")
+        ax.set_ylabel("KL(full ∥ constrained), nats")
+        ax.set_title("KL by quantile of tokens: how much lies in the tail")
+        beside(ax, title=by, title_fontsize=9)
+    return finish(ax, tokens, note)
