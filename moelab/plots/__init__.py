@@ -29,6 +29,7 @@ from .study import (
     working_set,
 )
 from .style import lab_model_note
+from .tokens import coloured_text, token_experts
 
 __all__ = [
     "agreement",
@@ -36,6 +37,7 @@ __all__ = [
     "by_layer",
     "capacity",
     "capacity_within",
+    "coloured_text",
     "cost_by_capacity",
     "curves",
     "domain_experts",
@@ -55,5 +57,6 @@ __all__ = [
     "quality",
     "safe_capacities",
     "study",
+    "token_experts",
     "working_set",
 ]

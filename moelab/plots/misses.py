@@ -76,6 +76,7 @@ def cost_by_capacity(
         ax.invert_xaxis()
         ax.set_xlabel(f"experts a layer in memory, of {experts}")
         ax.set_ylabel("perplexity ÷ the exact run's")
+        ax.set_title("Perplexity by what happens on a miss")
         ax.legend(loc="upper left", title="on a miss", alignment="left")
     return finish(ax, summary, note)
 
@@ -122,7 +123,8 @@ def safe_capacities(
         ax.set_yticks(range(len(actions)), actions, color=INK)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        ax.set_xlabel("experts a layer in memory")
+        ax.set_xlabel("experts a layer in memory; cells: perplexity ÷ the exact run's")
+        ax.set_title("Which action is within which tolerance", pad=24)
         low, middle, high = (f"{t:.0%}" for t in tolerances)
         names = [f"within {low}", f"within {middle}", f"within {high}", "worse, or not shown"]
         ax.legend(
