@@ -8,6 +8,7 @@ those of the last step stand.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def choices(
 
 def _standing(held: dict[str, Array]) -> dict[str, Array]:
     """Sorts rows by layer, token and rank, and leaves out what a later step replaced."""
-    order = np.lexsort([held[n] for n in ("rank", "step", *reversed(_CELL))])
+    order = _order(held, (*_CELL, "step", "rank"))
     held = {name: values[order] for name, values in held.items()}
     if not len(order):
         return held
@@ -173,6 +174,17 @@ def _standing(held: dict[str, Array]) -> dict[str, Array]:
             "several recordings joined, their runs must differ; see `moelab.metrics.labelled`."
         )
     return held
+
+
+def _order(held: Mapping[str, Array], by: Sequence[str]) -> Array:
+    """Returns the rows sorted by these columns, the first one first."""
+    widths = [int(held[name].max(initial=0)) + 1 for name in by]
+    if math.prod(widths) >= 1 << 62:
+        return np.lexsort([held[name] for name in reversed(by)])
+    key = np.zeros(len(held[by[0]]), np.int64)  # one number a row sorts several times faster
+    for name, width in zip(by, widths, strict=True):
+        key = key * width + held[name]
+    return np.argsort(key, kind="stable")
 
 
 def _changes(held: Mapping[str, Array], by: Sequence[str]) -> Array:
