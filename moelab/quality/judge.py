@@ -53,6 +53,7 @@ class Reference:
             run that is judged against this has the same passes.
         record: Keep what the routers chose.
         arms: Keep what the other arms need: see `moelab.quality.arms`.
+        kept_bytes: Logits are held in memory up to this size; None for `store.KEPT_BYTES`.
 
     Attributes:
         lab: The model.
@@ -75,6 +76,7 @@ class Reference:
         chunk: int | None = None,
         record: bool = False,
         arms: bool = False,
+        kept_bytes: int | None = None,
     ) -> None:
         self.lab = lab
         self.window = window
@@ -83,6 +85,7 @@ class Reference:
         self.inputs: RouterInputs | None = None
         self.snapshots: Snapshots | None = None
         self._rows: Rows | None = None
+        self._kept_bytes = kept_bytes
         if arms:
             if not isinstance(lab, Lab):
                 raise StudyError(
@@ -106,7 +109,7 @@ class Reference:
             model, self.window, self.cache(), self.chunk, REFERENCE, self._keep
         ):
             if self._rows is None:
-                self._rows = Rows(self.window.judged, logits.shape[-1])
+                self._rows = Rows(self.window.judged, logits.shape[-1], self._kept_bytes)
             self._rows.put(at, logits)
 
     def _keep(self, cache: list[Any], number: int, tokens: int) -> None:
