@@ -45,7 +45,7 @@ COLUMNS: Mapping[str, Column] = {
     "policy": Column("str", "Replacement policy; for lossy actions, of the swaps."),
     "on_miss": Column("str", "What happens on a miss, with settings that are not the defaults."),
     "pins": Column("str", "Label of the pins."),
-    "kv_bits": Column("count", "Bits of the key-value cache; 0: the model's own type."),
+    "kv_bits": Column("count?", "Bits of the key-value cache; NaN: the model's own type."),
     "seed": Column("count", "Seed of drawn pins; 0 where nothing is drawn."),
     "domain": Column("str", "What the prompt is of."),
     "prompt": Column("str", "Name of the document."),
@@ -104,6 +104,7 @@ def checked_rows(frame: pd.DataFrame, what: str = "A sweep's frame") -> pd.DataF
             with another; or the first row that is there twice.
     """
     found = checked(frame, {name: c.kind for name, c in COLUMNS.items()}, what, unique=KEY)
+    found["kv_bits"] = found["kv_bits"].astype(np.float64)  # also where no row is without
     for name in _ABOVE_0:
         _refuse(found, name, found[name] < 0, "under 0, which no divergence is", what)
     for name, parts in _SUMS:
