@@ -11,8 +11,10 @@ from .curves import miss_ratio
 from .misses import cost_by_capacity, safe_capacities
 from .quality import (
     agreement,
+    arms,
     capacity,
     capacity_within,
+    damage_shares,
     frontier,
     kl_by_position,
     kl_quantiles,
@@ -33,6 +35,7 @@ from .tokens import coloured_text, token_experts
 
 __all__ = [
     "agreement",
+    "arms",
     "balance",
     "by_layer",
     "capacity",
@@ -40,6 +43,7 @@ __all__ = [
     "coloured_text",
     "cost_by_capacity",
     "curves",
+    "damage_shares",
     "domain_experts",
     "expert_map",
     "forecast",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import StudyError
 from ..quality.intervals import clustered
 from .checks import require
-from .scales import METRICS, draw_noise_floor, floor_below, log_axis
+from .scales import METRICS, draw_noise_floor, floor_below, log_axis, short_number
 from .style import (
     ACTION_STYLES,
+    INK,
+    MUTED,
+    Look,
     axes,
     beside,
     finish,
     looks,
+    percent,
     styled,
 )
 
@@ -153,3 +158,132 @@ def kl_quantiles(
         ax.set_title("KL by quantile of tokens: how much lies in the tail")
         beside(ax, title=by, title_fontsize=9)
     return finish(ax, tokens, note)
+
+
+ARMS = {
+    "constrained": ("constrained, as it runs", Look("#d1495b", "-", "D")),
+    "imposed": ("with the full model's routing", Look("#3b6fb6", "-", "o")),
+    "own": ("each token from the full model's past", Look("#1b7f79", "-", "s")),
+}
+SHARES = {
+    "rerouting": ("through other routing", Look("#3b6fb6", "-", "o")),
+    "inherited": ("inherited from earlier tokens", Look("#1b7f79", "-", "s")),
+}
+
+
+def arms(
+    frame: pd.DataFrame,
+    *,
+    noise_floor: float | None = 0.0,
+    ax: Axes | None = None,
+    note: str | None = None,
+) -> Axes:
+    """Draws KL of the constrained run and of the arms that are without part of its damage.
+
+    Args:
+        frame: A comparison's `arms`: `document`, `domain`, `arm`, `kl`, a row a judged token.
+        noise_floor: What two exact runs differ by, nats a token; None if it was not measured.
+        ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
+
+    Returns:
+        The Axes: domains down and all of them last, KL across, an arm a mark with its 95%
+        interval over documents. How far left of the first mark another one lies is the damage
+        that does not come from the misses themselves, or not from the token's own.
+
+    Raises:
+        SchemaError: If the frame lacks a column or has no rows.
+    """
+    require(frame, ["document", "domain", "arm"], numbers=["kl"], called="the frame of arms")
+    points = clustered(frame, "kl", ["domain", "arm"], limits=(0.0, np.inf))
+    every = clustered(frame, "kl", ["arm"], limits=(0.0, np.inf)).assign(domain="all")
+    rows = _with_all(points, every)
+    floor = floor_below(np.append(rows["mean"].to_numpy(), noise_floor or 0.0))
+    with styled():
+        ax = _dots(ax, rows, "arm", ARMS, floor)
+        log_axis(ax, rows[["mean", "high"]].to_numpy(), floor, "x")
+        if noise_floor is None:
+            ax.plot([], [], linestyle="none", label="noise floor: not measured", gid="noise")
+        else:
+            at = noise_floor if noise_floor > 0 else floor
+            told = short_number(noise_floor) if noise_floor > 0 else "none,\nexact runs are equal"
+            ax.axvline(
+                at, color=INK, linewidth=1, linestyle=(0, (5, 3)), gid="noise",
+                label=f"noise floor: {told}",
+            )  # fmt: skip
+        ax.set_xlabel("KL(full ∥ constrained), nats a token (95% over documents)")
+        ax.set_title("What the damage comes from")
+        beside(ax)
+    return finish(ax, frame, note)
+
+
+def damage_shares(frame: pd.DataFrame, *, ax: Axes | None = None, note: str | None = None) -> Axes:
+    """Draws which share of the damage comes through other routing, and which is inherited.
+
+    The two are two cuts through the same damage, so they are not stacked.
+
+    Args:
+        frame: As `moelab.quality.arms.shares` gives it: `domain`, `share`, `mean`, `low`, `high`.
+            Rows without damage (NaN) are left out.
+        ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
+
+    Raises:
+        SchemaError: If the frame lacks a column or has no rows.
+        StudyError: If no row has a share.
+    """
+    require(frame, ["domain", "share"], gaps=["mean", "low", "high"], called="the frame of shares")
+    rows = frame[frame["mean"].notna()]
+    if rows.empty:
+        raise StudyError("No row has a share: nothing was damaged.")
+    with styled():
+        ax = _dots(ax, rows, "share", SHARES, None)
+        ax.axvline(0, color=INK, linewidth=0.9)
+        ax.xaxis.set_major_formatter(percent())
+        ax.set_xlim(min(0.0, ax.get_xlim()[0]), max(1.0, ax.get_xlim()[1]))
+        ax.set_xlabel("share of the summed KL (95% over documents)")
+        ax.set_title("How much of the damage is not the miss itself")
+        beside(ax)
+    return finish(ax, frame, note)
+
+
+def _with_all(points: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
+    """Puts the rows of all domains behind those of each, unless there is one domain alone."""
+    import pandas as pd
+
+    if points["domain"].nunique() == 1:
+        return points
+    return pd.concat([points, every], ignore_index=True)
+
+
+def _dots(
+    ax: Any,
+    rows: pd.DataFrame,
+    column: str,
+    names: dict[str, tuple[str, Look]],
+    floor: float | None,
+) -> Any:
+    """Draws a mark with its interval for each domain and value of a column."""
+    domains = list(dict.fromkeys(map(str, rows["domain"])))
+    values = [v for v in names if (rows[column] == v).any()]
+    ax = axes(ax, 8, 0.42 * len(domains) + 1.6)
+    for place, value in enumerate(values):
+        told, look = names[value]
+        part = rows[rows[column] == value]
+        y = np.array([domains.index(str(d)) for d in part["domain"]], float)
+        y += (place - (len(values) - 1) / 2) * 0.22
+        mean, low, high = (
+            part[c].clip(lower=floor).to_numpy(float) for c in ("mean", "low", "high")
+        )
+        ax.hlines(y, low, high, color=look.colour, linewidth=1.8)
+        ax.plot(
+            mean, y, color=look.colour, linestyle="none", marker=look.marker, markersize=6,
+            label=told,
+        )  # fmt: skip
+    ax.set_ylim(len(domains) - 0.5, -0.5)
+    ax.set_yticks(range(len(domains)), domains, color=INK)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+    if domains[-1] == "all" and len(domains) > 1:
+        ax.axhline(len(domains) - 1.5, color=MUTED, linewidth=0.8)
+    return ax

@@ -23,8 +23,8 @@ LOCALITY = {
     "overlap": "a token's experts that the one before chose too",
 }
 AGREEMENT = {
-    "overlap": "the full model's experts that are chosen too",
-    "same_first": "tokens with the full model's first choice of expert",
+    "overlap": "experts shared with the full model",
+    "same_first": "tokens with the full model's first expert",
 }
 SHARES = frozenset({"gini", "entropy", *LOCALITY})
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import StudyError
 from ..quality.intervals import clustered
 from .checks import require
-from .damage import kl_by_position, kl_quantiles
+from .damage import arms, damage_shares, kl_by_position, kl_quantiles
 from .layers import agreement
 from .scales import (
     METRICS,
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "agreement",
+    "arms",
     "capacity",
     "capacity_within",
+    "damage_shares",
     "frontier",
     "kl_by_position",
     "kl_quantiles",
@@ -39,6 +41,8 @@ __all__ = [
 
 SETTINGS = ("policy", "pins", "kv_bits")
 """Settings beside the miss action; where several of one occur, each has its own curve."""
+
+EXACT_CACHE = "KV full"
 
 VARIANTS = ["-", "--", ":", "-.", (0, (6, 2)), (0, (1, 1))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "h"]
@@ -193,8 +197,13 @@ def _points(frame: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
             f"The frame mixes the splits {', '.join(map(str, frame['split'].unique()))}. Figures "
             "are of one split: filter the frame first."
         )
-    rows = frame.assign(action=frame["on_miss"].astype(str))
+    rows = frame.reset_index(drop=True).assign(
+        action=frame["on_miss"].astype(str).to_numpy()
+    )  # fmt: skip
     rows["series"] = _series(rows)
+    if x == "bytes" and "capacity" in rows:
+        # A point is one place, also where prompts of unlike lengths have caches of unlike sizes.
+        rows["bytes"] = rows.groupby(["series", "capacity"])["bytes"].transform("mean")
     points = clustered(
         rows,
         chosen.source,
@@ -210,29 +219,24 @@ def _points(frame: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
 
 
 def _series(rows: pd.DataFrame) -> list[str]:
-    """Names each row's curve: its action, and those settings of which there are several."""
-    lossy = rows[rows["action"] != "load"]
-    varied = [
-        name
-        for name in SETTINGS
-        if name in rows
-        and lossy.groupby("action")[name].nunique(dropna=False).max() > 1  # not nan > 1
-    ]
-    known = {name: rows[name].astype(object).where(rows[name].notna(), None) for name in varied}
-    names = []
-    for place, action in enumerate(rows["action"]):
-        parts = [action]
-        if action != "load" and (action in ACTION_STYLES or varied):
-            parts += [_said(name, known[name].iloc[place]) for name in varied]
-        names.append(", ".join(parts))
-    return names
+    """Names each row's curve: its action, and those settings of which that action has several.
+
+    Exact runs differ by their cache's bits alone: policy and pins change their speed, not a logit.
+    """
+    names = rows["action"].astype(object).copy()
+    for action, part in rows.groupby("action", sort=False):
+        for setting in SETTINGS if action != "load" else ("kv_bits",):
+            if setting in part and part[setting].nunique(dropna=False) > 1:
+                told = part[setting].map(lambda value, setting=setting: _said(setting, value))
+                names.loc[part.index] += ", " + told.astype(object)
+    return [str(name) for name in names]
 
 
 def _said(setting: str, value: Any) -> str:
     if setting == "pins":
-        return "no pins" if value in (None, "", "none") else f"pins {value}"
+        return "no pins" if value in ("", "none") else f"pins {value}"
     if setting == "kv_bits":
-        return "KV full" if value is None else f"KV {value:g} bits"
+        return EXACT_CACHE if value is None or np.isnan(value) else f"KV {value:g} bits"
     return str(value)
 
 
@@ -266,7 +270,8 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, noise_floor: float | N
         places = np.flatnonzero((points["series"] == name).to_numpy())
         places = places[np.argsort(points["x"].to_numpy()[places], kind="stable")]
         x = points["x"].to_numpy(float)[places]
-        label = "load (exact)" if name == "load" else name
+        exact = name in ("load", f"load, {EXACT_CACHE}")
+        label = f"{name} (exact)" if exact else name
         ax.fill_between(
             x, low[places], high[places], color=look.colour, alpha=0.14, linewidth=0
         )  # fmt: skip
@@ -275,7 +280,7 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, noise_floor: float | N
         ax.plot(
             x, mean[places], color=look.colour, linestyle=look.line, marker=look.marker,
             markersize=5.5, label=label, clip_on=False,
-            markerfacecolor="white" if name == "load" else look.colour,
+            markerfacecolor="white" if exact else look.colour,
         )  # fmt: skip
     if floor is not None:
         log_axis(ax, high[np.isfinite(high)] if np.isfinite(high).any() else mean, floor)

@@ -61,21 +61,28 @@ def floor_below(values: Any) -> float:
     return float(10 ** np.floor(np.log10(positive.min() / 2)))
 
 
-def log_axis(ax: Axes, values: Any, floor: float) -> None:
-    """Makes the y axis logarithmic, with 0 written at the floor."""
+def log_axis(ax: Axes, values: Any, floor: float, which: str = "y") -> None:
+    """Makes an axis logarithmic, with 0 written at the floor.
+
+    Args:
+        ax: The chart.
+        values: What must be seen.
+        floor: Where 0 is shown; see `floor_below`.
+        which: `"x"` or `"y"`.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     array = np.asarray(values, float)
     top = float(np.nanmax(np.append(array, floor * 10)))
-    ax.set_yscale("log")
-    ax.set_ylim(floor / 1.8, top * 2)
+    axis = ax.yaxis if which == "y" else ax.xaxis
+    ax.set(**{f"{which}scale": "log", f"{which}lim": (floor / 1.8, top * 2)})
     first, last = int(np.round(np.log10(floor))), int(np.floor(np.log10(top * 2)))
     every = max((last - first) // 6, 1)
     ticks = [floor, *(10.0**n for n in range(first + 1, last + 1, every))]
-    ax.yaxis.set_major_locator(FixedLocator(ticks))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: "0" if np.isclose(y, floor) else short_number(y))
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(
+        FuncFormatter(lambda at, _: "0" if np.isclose(at, floor) else short_number(at))
     )
 
 
@@ -154,10 +161,11 @@ def worst(frame: pd.DataFrame, metric: Metric) -> float | None:
     """Returns how far the exact runs of a pooled frame are from the full model; None without any.
 
     Args:
-        frame: A row a point with `action` and `mean`, as drawn.
+        frame: A row a point with `series` and `mean`, as drawn. With a quantised cache a run is
+            no longer the full model's.
         metric: What `mean` is of.
     """
-    exact = frame.loc[frame["action"] == "load", "mean"]
+    exact = frame.loc[frame["series"].isin(["load", "load, KV full"]), "mean"]
     if exact.empty:
         return None
     if metric.ideal is None:

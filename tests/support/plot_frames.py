@@ -179,3 +179,38 @@ def tolerances() -> pd.DataFrame:
         for tolerance, found in zip((0.01, 0.05, 0.2), each, strict=True)
     ]
     return pd.DataFrame(rows, columns=["on_miss", "tolerance", "capacity"])
+
+
+def arms(seed: int = 0) -> pd.DataFrame:
+    """A comparison's arms: a row a judged token and arm."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for domain in DOMAINS:
+        for number in range(4):
+            for position in range(65, 97):
+                kl = float(0.2 * np.exp(random.normal(0, 1)))
+                for arm, share in {"constrained": 1.0, "imposed": 0.7, "own": 0.4}.items():
+                    rows.append((f"{domain}-{number}", domain, position, "decode", arm, kl * share))
+    return pd.DataFrame(rows, columns=["document", "domain", "position", "phase", "arm", "kl"])
+
+
+def shares() -> pd.DataFrame:
+    """Shares of the damage, by domain and for all; nothing was damaged in one."""
+    rows = []
+    for place, domain in enumerate((*DOMAINS, "all")):
+        for share, mean in {"rerouting": 0.3, "inherited": 0.55}.items():
+            mean += 0.03 * place - 0.1
+            rows.append((domain, share, mean, mean - 0.12, mean + 0.12))
+    rows[0] = ("python", "rerouting", np.nan, np.nan, np.nan)
+    return pd.DataFrame(rows, columns=["domain", "share", "mean", "low", "high"])
+
+
+def agreement() -> pd.DataFrame:
+    """Routing agreement with the full model by layer."""
+    layers = np.arange(8)
+    return pd.DataFrame(
+        {
+            "layer": layers, "overlap": 0.98 - 0.045 * layers, "same_first": 0.99 - 0.06 * layers,
+            "chance": 6 / EXPERTS,
+        }
+    )  # fmt: skip
