@@ -60,12 +60,22 @@ class ForcedLayer(MissLayer):
         self.missing, self.resident = missing, mx.array(resident)
         self.events: list[LayerEvent] = []
         """What happened, a forward pass each."""
+        self.scores: list[tuple[mx.array, mx.array | None]] = []
+        """Selection scores, (…, experts), and the experts that each token may choose from, a pass
+        each; empty where the action leaves the selection alone."""
         self._exact = exact
 
     def outputs(self, x: mx.array, indices: mx.array) -> mx.array:
         """See `MissLayer.outputs`."""
         y: mx.array = self._exact(x, indices)
         return y
+
+    def prefer(
+        self, scores: mx.array, allowed: mx.array | None, chosen: mx.array | None
+    ) -> mx.array:
+        """See `selection.Prefer`."""
+        self.scores.append((scores, allowed))
+        return super().prefer(scores, allowed, chosen)
 
     def call(self, x: mx.array, indices: mx.array) -> mx.array:
         """Answers in the switch's place."""
