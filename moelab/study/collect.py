@@ -139,14 +139,14 @@ class Collected:
         return order.drop(columns=["_p", "_w"]).reset_index(drop=True)
 
 
-def cost(todo: Sequence[Todo]) -> float:
-    """Returns what a progress bar counts for some points of one block: runs of the model.
+def exact_runs(todo: Sequence[Todo]) -> int:
+    """Returns how many prompts some points have, each of which has one exact run."""
+    return len({window_key(window) for item in todo for window in item.windows})
 
-    With the exact run of each of their prompts.
-    """
-    windows = {window_key(window) for item in todo for window in item.windows}
-    rows = sum(len(t.windows) * (1 if t.point.lossy else REPLAY_COST) for t in todo)
-    return len(windows) + rows
+
+def row_cost(todo: Sequence[Todo]) -> float:
+    """Returns what a progress bar counts for the rows of some points, in runs of the model."""
+    return sum(len(t.windows) * (1 if t.point.lossy else REPLAY_COST) for t in todo)
 
 
 def _keys(frame: pd.DataFrame) -> zip[tuple[Any, ...]]:

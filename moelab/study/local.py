@@ -143,11 +143,20 @@ def in_order(todo: Sequence[Todo]) -> list[Todo]:
     return sorted(todo, key=place)
 
 
-def run_block(runner: Runner, todo: Sequence[Todo], bar: Bar | None) -> Iterator[pd.DataFrame]:
-    """Makes the missing rows of one block of windows; yields each point's, once it is whole."""
+def run_block(
+    runner: Runner, todo: Sequence[Todo], bar: Bar | None, *, keep: Sequence[Window] = ()
+) -> Iterator[pd.DataFrame]:
+    """Makes the missing rows of one block of windows; yields each point's, once it is whole.
+
+    Args:
+        runner: Of the lab.
+        todo: Points, and the windows that each lacks.
+        bar: Is told; None for nobody.
+        keep: Windows whose exact runs are wanted later as well.
+    """
     import pandas as pd
 
-    wanted = {window_key(w): w for item in todo for w in item.windows}
+    wanted = {window_key(w): w for w in (*keep, *(w for item in todo for w in item.windows))}
     if bar is not None:
         bar.at("exact runs")
     for _ in runner.prepare(wanted.values()):

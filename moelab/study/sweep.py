@@ -11,7 +11,7 @@ from ..errors import StudyError
 from ..prompt_texts import Prompts
 from ..quality.window import documents_of
 from .bytes import CURVE, at_equal_bytes
-from .collect import Collected, Job, cost
+from .collect import Collected, Job, exact_runs, row_cost
 from .local import Bar, blocks, measured_facts, opened, run_block, widest
 from .points import asked
 from .rows import joined, parts_in, read_manifest, read_part
@@ -265,10 +265,10 @@ def _run_here(
         facts = measured_facts(lab, job.wanted)
         collected = Collected(job, facts, windows, out)
         runner = Runner(lab, facts, widest(collected.points), split=job.split)
-        parts = [(block, collected.todo(block)) for block in blocks(windows)]
-        bar = Bar(sum(cost(todo) for _, todo in parts), progress)
+        parts = [collected.todo(block) for block in blocks(windows)]
+        bar = Bar(sum(exact_runs(todo) + row_cost(todo) for todo in parts), progress)
         try:
-            for _, todo in parts:
+            for todo in parts:
                 for rows in run_block(runner, todo, bar):
                     collected.add(rows)
         finally:
