@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .explorer import Explorer
-    from .live import Live
+    from .explorer_view import Explorer
+    from .live_panel import Live
 
 __all__ = ["Explorer", "Live", "explorer", "live"]
 
@@ -21,13 +21,13 @@ def explorer(recording: Any, **options: Any) -> Explorer:
     Args:
         recording: A `Recording`, also one that was read from disk; a replayed trace with `tokens`
             and `routing` will do.
-        **options: See `moelab.widgets.explorer.Explorer`.
+        **options: See `moelab.widgets.Explorer`.
 
     Returns:
         The widget; as the last line of a cell it shows itself. `.static()` gives the same view
         without widgets.
     """
-    from .explorer import Explorer
+    from .explorer_view import Explorer
 
     return Explorer(recording, **options)
 
@@ -37,24 +37,24 @@ def live(lab: Any, **options: Any) -> Live:
 
     Args:
         lab: A `Lab`; it has its own capacity, miss action and swap budget again after each run.
-        **options: See `moelab.widgets.live.Live`.
+        **options: See `moelab.widgets.Live`.
 
     Returns:
         The widget; as the last line of a cell it shows itself. `.static()` gives the last run
         without widgets.
     """
-    from .live import Live
+    from .live_panel import Live
 
     return Live(lab, **options)
 
 
 def __getattr__(name: str) -> Any:
     if name == "Explorer":
-        from .explorer import Explorer
+        from .explorer_view import Explorer
 
         return Explorer
     if name == "Live":
-        from .live import Live
+        from .live_panel import Live
 
         return Live
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -207,8 +207,8 @@ class Live(ipw.VBox):
                 if before is not None:
                     self._restore(*before)
             finally:
-                self._show()
                 self.busy = False
+                self._show()
 
     def _one(self, side: Side) -> Iterator[None]:
         lab = self.lab
