@@ -66,7 +66,11 @@ def router_margins(lab: Lab, tokens: Sequence[int]) -> pd.DataFrame:
 
 
 def lookahead_recall(
-    lab: Lab, prompts: Prompts = None, *, m: Iterable[int] | None = None, ahead: int = 1
+    lab: Lab,
+    prompts: Prompts | Sequence[int] = None,
+    *,
+    m: Iterable[int] | None = None,
+    ahead: int = 1,
 ) -> pd.DataFrame:
     """Says how well a layer's choices are foreseen from the layer before.
 
