@@ -331,8 +331,24 @@ def largest(
         seed: Of the draws.
 
     Returns:
-        Factors, (groups,): all the same where the degrees of freedom are. Groups without spread
-        or with an unknown one get no share in the level; theirs is NaN where df is.
+        Factors, (groups,): all the same where the degrees of freedom are.
+    """
+    from scipy import stats
+
+    worst = largest_t(moves, df, sides=sides, resamples=resamples, seed=seed)
+    if worst is None:
+        return _quantiles(level, df, sides)
+    return np.asarray(stats.t.ppf(np.quantile(worst, level), df))
+
+
+def largest_t(
+    moves: Array, df: Array, *, sides: int = 2, resamples: int = RESAMPLES, seed: int = 0
+) -> Array | None:
+    """Draws the largest t of all groups where nothing differs from 0.
+
+    Returns:
+        In each draw, the chance that a single t of those degrees of freedom is below the largest
+        one, (resamples,); None if no group has a spread. Groups without one do not count.
     """
     from scipy import stats
 
@@ -341,20 +357,24 @@ def largest(
     se = np.sqrt((moves**2).sum(0))
     live = (se > 0) & np.isfinite(se) & np.isfinite(df)
     if not live.any():
-        return _quantiles(level, df, sides)
+        return None
     random = np.random.default_rng(seed)
     normal = random.standard_normal((resamples, len(moves))) @ (moves[:, live] / se[live])
     # One chi-square a draw: the groups' standard errors come from the same documents.
-    share = random.uniform(size=resamples)
     freed = df[live]
+    kinds = np.unique(freed)
+    if len(kinds) == 1:
+        drawn = [random.chisquare(kinds[0], resamples)]
+    else:
+        share = random.uniform(size=resamples)
+        drawn = [stats.chi2.ppf(share, one) for one in kinds]
     worst = np.zeros(resamples)
-    for one in np.unique(freed):
-        scale = np.sqrt(stats.chi2.ppf(share, one) / one)
+    for one, chi in zip(kinds, drawn, strict=True):
+        scale = np.sqrt(chi / one)
         picked = normal[:, freed == one]
         top = (np.abs(picked) if sides == 2 else picked).max(1) / scale
         worst = np.maximum(worst, stats.t.cdf(top, one))
-    edge = float(np.quantile(worst, level))
-    return np.asarray(stats.t.ppf(edge, df))
+    return worst
 
 
 def draws(

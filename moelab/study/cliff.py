@@ -1,0 +1,411 @@
+"""Is there a capacity below which quality breaks down, or does it only get worse and worse?
+
+A *cliff* is a place where a curve breaks: a kink, a step, or a steep ramp between level grounds,
+that no smooth curve has. `shapes` says what smooth is: every falling convex curve whose bend eases
+off to the right (straight lines, exp(−x/τ), 1/x, powers), its mirror images, S-shaped falls over
+half of the tested range or more, and all their sums. A cliff is claimed only if both hold:
+
+1. *No smooth curve will do.* For each candidate ramp r, what smooth curves cannot explain of it is
+   v = r − P_N(r), and ⟨v, f⟩ ≤ 0 for every smooth f. The contrast ⟨v, y⟩ is computed document by
+   document, and its mean is tested against 0 with the largest t of all candidates, at 2.5%. The
+   test is at its level for a flat curve and below it for any other smooth one, so its false alarms
+   do not depend on having guessed the curve's family.
+2. *The break predicts documents that were not looked at.* In a cross-validation over whole
+   documents, the smooth curve with the break has the smaller squared error.
+
+Two breaks are said where a ramp predicts better than the best kink or step by more than its
+standard error. What is not seen: a cliff between the two lowest or two highest tested capacities
+(one point apart from the rest is no evidence), and a kink too blunt for the noise; then the verdict
+is "no cliff", which means that none was shown.
+
+How the false alarms, the power and the interval's coverage were measured: `results/
+cliff-validation.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..display import facts_html, facts_text
+from ..errors import StudyError
+from ..quality.intervals import freedom, influence, largest_t, resampled
+from .curve import Curve, curve_of
+from .shapes import Design, Ramp, best, design, gap_interval, predicted, slope_interval
+from .statements import Within, capacity_within
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+FALSE_ALARMS = 0.025
+"""Level of the test against all smooth curves."""
+LEAST_POINTS = 6
+"""Distinct x below which nothing is claimed: a smooth curve has too much room between fewer."""
+LEAST_DOCUMENTS = 6
+"""Documents below which nothing is claimed."""
+RESAMPLES = 2000
+_FOLDS = 8
+
+
+@dataclass(frozen=True, repr=False)
+class Cliff:
+    """What a curve shows: see the module's text for what is claimed when."""
+
+    verdict: Literal["cliff", "no cliff"]
+    breaks: list[float]
+    """Where it breaks, in units of x, ascending: one place, or both ends of a ramp. A step is said
+    to be in the middle of the two capacities between which it lies. Empty without a cliff."""
+    interval: tuple[float, float]
+    """Interval for the break, of two for the upper one, below which quality goes; NaN without a
+    cliff."""
+    level: float
+    """Of the interval."""
+    p: float
+    """Chance of contrasts as large if the curve is smooth (its worst case, a flat one); NaN if
+    nothing was tested."""
+    why: str
+    """Which fit won by how much, or why nothing is claimed."""
+    fits: pd.DataFrame
+    """A row a fit: `model` (straight, smooth, one break, two breaks), `kind` (of the break),
+    `low_break`, `high_break` (x; NaN if it has none), `error` (mean squared error of the mean
+    curve), `error_unseen` (the same in documents that were left out), `gain_unseen` (of the smooth
+    curve's error_unseen less its own), `gain_se`. Empty if nothing was fitted."""
+    curve: pd.DataFrame
+    """A row an x: x, `mean`, `smooth`, `broken` (fitted values; NaN if there are none)."""
+    x: str
+    y: str
+    documents: int
+    _within: dict[str, Any] = field(repr=False)
+
+    def capacity_within(self, tolerance: float, **options: Any) -> Within:
+        """Finds the smallest capacity within a tolerance; see `statements.capacity_within`.
+
+        The ln ratio of perplexities is `ln_ppl_ratio` where the frame has it. With `ppl` as y it
+        is taken from `ppl_reference`, or from the largest x if there is none. Any other y is read
+        as nats a token above the full model.
+
+        Args:
+            tolerance: Share by which perplexity may rise.
+            options: `level`, `resamples`, `seed`.
+        """
+        frame, y = _log_ratio(self._within["frame"], self.x, self.y, self._within["cluster"])
+        names = {k: v for k, v in self._within.items() if k != "frame"}
+        return capacity_within(frame, tolerance, y=y, x=self.x, **names, **options)
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Draws the curve with the smooth fit, the broken one and the break's interval."""
+        from ..plots.cliff import cliff as draw
+
+        return draw(self, ax=ax, **options)
+
+    def _facts(self) -> dict[str, str]:
+        facts: dict[str, str] = {"verdict": self.verdict}
+        if self.breaks:
+            facts["break"] = " and ".join(f"{place:.4g}" for place in self.breaks)
+            facts[f"{self.level:.0%} interval"] = "{:.4g} to {:.4g}".format(*self.interval)
+        facts["curve"] = (
+            f"{self.y} by {self.x}, {len(self.curve)} points, {self.documents} documents"
+        )
+        facts["why"] = self.why
+        return facts
+
+    def __repr__(self) -> str:
+        return facts_text("Cliff", self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_html("Cliff", self._facts())
+
+
+def cliff(
+    frame: pd.DataFrame,
+    x: str = "capacity",
+    y: str = "ln_ppl_ratio",
+    cluster: str = "prompt",
+    *,
+    strata: str | None = "domain",
+    weights: str | None = "tokens",
+    level: float = 0.9,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Cliff:
+    """Says whether a curve has a cliff, where, and how sure that is.
+
+    Args:
+        frame: One curve: a row an x and document. Several rows of both are seeds, and averaged.
+            Documents that lack some x are left out, and `why` says how many.
+        x: Column with what was varied.
+        y: Column with the quality, falling or rising with x; no NaN.
+        cluster: Column that names the document: the unit of all errors.
+        strata: Column that names a document's stratum, if the frame has it; None for one.
+        weights: Column with the row's judged tokens, if the frame has it; None weighs documents
+            alike.
+        level: Of the interval for the break.
+        resamples: Draws of the largest contrast, and of documents for a step's interval.
+        seed: Of the draws and the folds.
+
+    Returns:
+        The verdict. With fewer than 6 distinct x, fewer than 6 documents, or one document in
+        every stratum it is "no cliff", and `why` says so.
+
+    Raises:
+        SchemaError: If a column is missing or is not numbers.
+        StudyError: If a value is NaN, the frame is empty, or it has several curves (of two
+            actions, policies or splits).
+    """
+    import pandas as pd
+
+    if not 0 < level < 1:
+        raise StudyError(f"level must be between 0 and 1, got {level!r}.")
+    strata = strata if strata in frame.columns else None
+    weights = weights if weights in frame.columns else None
+    curve = curve_of(frame, x, y, cluster=cluster, strata=strata, weights=weights)
+    points, documents = len(curve.x), len(curve.values)
+    left = f" {curve.left_out} documents that lack some {x} are left out." if curve.left_out else ""
+    given = {"frame": frame, "cluster": cluster, "strata": strata, "weights": weights}
+    nan = np.full(points, np.nan)
+    mean = curve.mean if documents else nan
+    table = pd.DataFrame({x: curve.x, "mean": mean, "smooth": nan, "broken": nan})
+
+    def nothing(why: str, p: float = float("nan"), fits: Any = None) -> Cliff:
+        none = pd.DataFrame(columns=list(_FITS)) if fits is None else fits
+        return Cliff(
+            "no cliff", [], (np.nan, np.nan), level, p, why + left, none, table, x, y, documents,
+            given,
+        )  # fmt: skip
+
+    if points < LEAST_POINTS:
+        return nothing(
+            f"{points} distinct {x}: nothing is claimed from fewer than {LEAST_POINTS}, since a "
+            "smooth curve can do anything between so few."
+        )
+    if documents < LEAST_DOCUMENTS:
+        return nothing(
+            f"{documents} documents with every {x}: nothing is claimed from fewer than "
+            f"{LEAST_DOCUMENTS}."
+        )
+    if len(np.unique(curve.strata)) == documents:
+        return nothing("Each stratum has one document, so nobody can say how documents differ.")
+    found = judged(curve, level, resamples=resamples, seed=seed)
+    table = table.assign(smooth=found.smooth, broken=found.broken)
+    fits = found.fits
+    assert fits is not None
+    if found.ramp is None:
+        return nothing(
+            f"No candidate break is left over when a smooth curve is fitted (p = {found.p:.2g}).",
+            found.p, fits,
+        )  # fmt: skip
+    row = fits.set_index("model").loc[found.model]
+    said = (
+        f"Against all smooth curves: p = {found.p:.2g} (claimed under {FALSE_ALARMS:g}). In "
+        f"documents that were left out, the smooth curve with {found.model} changes the squared "
+        f"error of the smooth one by {-row['gain_unseen']:+.3g} (se {row['gain_se']:.2g}) from "
+        f"{row['error_unseen'] + row['gain_unseen']:.3g}."
+    )
+    if found.verdict == "no cliff":
+        return nothing(f"A smooth curve will do. {said}", found.p, fits)
+    return Cliff(
+        "cliff", found.breaks, found.interval, level, found.p,
+        f"No smooth curve will do: a {found.ramp.kind} is left. {said}{left}", fits, table, x, y,
+        documents, given,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What `judged` found, in units of x and y."""
+
+    verdict: Literal["cliff", "no cliff"]
+    p: float
+    breaks: list[float]
+    interval: tuple[float, float]
+    model: str
+    ramp: Ramp | None
+    smooth: NDArray[np.float64]
+    broken: NDArray[np.float64]
+    fits: pd.DataFrame | None
+
+
+def judged(
+    curve: Curve, level: float, *, resamples: int = RESAMPLES, seed: int = 0, hasty: bool = False
+) -> Judged:
+    """Judges a curve of enough points and documents; see the module's text.
+
+    Args:
+        curve: The documents' values.
+        level: Of the interval.
+        resamples: Draws.
+        seed: Of the draws and folds.
+        hasty: Makes no fits where the test alone decides that there is no cliff. The verdict is
+            the same.
+    """
+    plan = design(curve.x)
+    nan = np.full(len(curve.x), np.nan)
+    none = (float("nan"), float("nan"))
+    # Falling curves are what the shapes are made for.
+    sign = -1.0 if float((plan.t - plan.t.mean()) @ curve.mean) > 0 else 1.0
+    turned = Curve(curve.x, sign * curve.values, curve.weights, curve.strata, curve.left_out)
+    p = _chance(plan, turned, resamples, seed)
+    if hasty and not p < FALSE_ALARMS:
+        return Judged("no cliff", p, [], none, "", None, nan, nan, None)
+    ramps = {
+        "one break": best(plan, turned.mean, ("kink", "step")),
+        "two breaks": best(plan, turned.mean, ("ramp",)),
+    }
+    fits, gains = _fits(plan, turned, ramps, seed)
+    model = "one break"
+    if ramps["two breaks"] is not None:
+        more = gains["two breaks"] - gains["one break"]
+        if ramps["one break"] is None or _above(more, curve.weights):
+            model = "two breaks"
+    ramp = ramps[model]
+    smooth = sign * predicted(plan, turned.mean, None)
+    if ramp is None:
+        return Judged("no cliff", p, [], none, model, None, smooth, nan, fits)
+    broken = sign * predicted(plan, turned.mean, ramp)
+    gain = float(gains[model] @ curve.weights)
+    if not (p < FALSE_ALARMS and gain > 0):
+        return Judged("no cliff", p, [], none, model, ramp, smooth, broken, fits)
+    places, ends = _located(plan, turned, ramp, level, resamples, seed)
+    first, width = curve.x[0], curve.x[-1] - curve.x[0]
+    low, high = (float(first + width * min(max(end, 0.0), 1.0)) for end in ends)
+    breaks = [float(first + width * place) for place in places]
+    return Judged("cliff", p, breaks, (low, high), model, ramp, smooth, broken, fits)
+
+
+_FITS = (
+    "model", "kind", "low_break", "high_break", "error", "error_unseen", "gain_unseen", "gain_se",
+)  # fmt: skip
+
+
+def _chance(plan: Design, curve: Curve, resamples: int, seed: int) -> float:
+    """Returns the p value of the largest contrast."""
+    from scipy import stats
+
+    if not len(plan.contrasts):
+        return 1.0
+    data = curve.contrasts(plan.contrasts)
+    moves = influence(data)
+    df = np.full(len(plan.contrasts), freedom(curve.contrasts(plan.contrasts[:1]))[0])
+    # Rounding of values that do not differ between documents is no evidence.
+    least = 1e-9 * float(np.abs(curve.values).max())
+    se = np.sqrt((moves**2).sum(0) + least**2)
+    if least == 0:
+        return 1.0
+    t = data.means / se
+    worst = largest_t(moves, df, sides=1, resamples=resamples, seed=seed)
+    top = float(stats.t.cdf(t, df).max())
+    if worst is None:
+        return 1 - top
+    return float((1 + (worst >= top).sum()) / (1 + len(worst)))
+
+
+def _fits(
+    plan: Design, curve: Curve, ramps: dict[str, Ramp | None], seed: int
+) -> tuple[pd.DataFrame, dict[str, NDArray[np.float64]]]:
+    """Fits all models, cross-validated over documents; and each document's gain over smooth."""
+    import pandas as pd
+
+    documents = len(curve.values)
+    random = np.random.default_rng(seed)
+    order = np.argsort(curve.strata + random.uniform(0, 0.5, documents))
+    fold = np.empty(documents, np.int64)
+    fold[order] = np.arange(documents) % min(_FOLDS, documents)
+    names = ("straight", "smooth", "one break", "two breaks")
+    wrong = {name: np.full(documents, np.nan) for name in names}
+    share = curve.weights / curve.weights.sum()
+    for number in range(fold.max() + 1):
+        out = fold == number
+        part = curve.weights[~out]
+        mean = part @ curve.values[~out] / part.sum()
+        for name in names:
+            # The break is looked for anew, without the documents that it is to predict.
+            ramp = ramps.get(name)
+            if name in ramps and ramp is not None:
+                kinds = ("ramp",) if name == "two breaks" else ("kink", "step")
+                ramp = best(plan, mean, kinds)
+            fit = _fit(plan, mean, name, ramp)
+            wrong[name][out] = ((curve.values[out] - fit) ** 2).mean(1)
+    gains, rows = {}, []
+    first, width = curve.x[0], curve.x[-1] - curve.x[0]
+    mean = curve.mean
+    for name in names:
+        ramp = ramps.get(name)
+        gains[name] = wrong["smooth"] - wrong[name]
+        there = name not in ramps or ramp is not None
+        fit = _fit(plan, mean, name, ramp)
+        gain = float(share @ gains[name])
+        rows.append(
+            {
+                "model": name,
+                "kind": ramp.kind if ramp else "",
+                "low_break": first + width * ramp.low if ramp and ramp.kind != "kink" else np.nan,
+                "high_break": first + width * ramp.high if ramp else np.nan,
+                "error": float(((mean - fit) ** 2).mean()) if there else np.nan,
+                "error_unseen": float(share @ wrong[name]) if there else np.nan,
+                "gain_unseen": gain if there else np.nan,
+                "gain_se": _se(gains[name], share) if there else np.nan,
+            }
+        )
+    return pd.DataFrame(rows), gains
+
+
+def _fit(
+    plan: Design, mean: NDArray[np.float64], name: str, ramp: Ramp | None
+) -> NDArray[np.float64]:
+    if name == "straight":
+        return np.asarray(np.polyval(np.polyfit(plan.t, mean, 1), plan.t))
+    return predicted(plan, mean, ramp)
+
+
+def _se(values: NDArray[np.float64], share: NDArray[np.float64]) -> float:
+    off = values - share @ values
+    n = len(values)
+    return float(np.sqrt(((share * off) ** 2).sum() * n / (n - 1)))
+
+
+def _above(gain: NDArray[np.float64], weights: NDArray[np.float64]) -> bool:
+    share = weights / weights.sum()
+    return bool(share @ gain > _se(gain, share))
+
+
+def _located(
+    plan: Design, curve: Curve, ramp: Ramp, level: float, resamples: int, seed: int
+) -> tuple[list[float], tuple[float, float]]:
+    from scipy import stats
+
+    mean = curve.mean
+    if ramp.kind == "step":
+        w = resampled(curve.strata, resamples=resamples, seed=seed) * curve.weights
+        means = w @ curve.values / w.sum(1, keepdims=True)
+        return [(ramp.low + ramp.high) / 2], gap_interval(plan, means, level)
+    df = freedom(curve.contrasts(plan.contrasts[:1]))[0]
+    edge = stats.t.ppf((1 + level) / 2, df)
+    least = 1e-9 * float(np.abs(curve.values).max())
+
+    def same(contrasts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        data = curve.contrasts(contrasts)
+        se = np.sqrt((influence(data) ** 2).sum(0) + least**2)
+        return np.asarray(np.abs(data.means) <= edge * se)
+
+    place, low, high = slope_interval(plan.t, ramp, mean, same)
+    breaks = [place] if ramp.kind == "kink" else [ramp.low, place]
+    return breaks, (low, high)
+
+
+def _log_ratio(frame: pd.DataFrame, x: str, y: str, cluster: str) -> tuple[pd.DataFrame, str]:
+    if "ln_ppl_ratio" in frame.columns:
+        return frame, "ln_ppl_ratio"
+    if y != "ppl":
+        return frame, y
+    if "ppl_reference" in frame.columns:
+        return frame.assign(ln_ppl_ratio=np.log(frame["ppl"] / frame["ppl_reference"])), (
+            "ln_ppl_ratio"
+        )
+    whole = frame[frame[x] == frame[x].max()]
+    reference = np.log(whole["ppl"]).groupby(whole[cluster]).mean()
+    ratio = np.log(frame["ppl"]) - frame[cluster].map(reference)
+    return frame.assign(ln_ppl_ratio=ratio), "ln_ppl_ratio"
