@@ -8,10 +8,10 @@ exactly, and what comes after it is judged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import StudyError
 from ..experts.profile import ALL
@@ -72,6 +72,8 @@ class Document:
     """What it is of."""
     text: str
     """The text itself."""
+    source: str
+    """What it is an excerpt of: a mapping's `title`; else its own name."""
 
 
 def documents_of(texts: Prompts, *, split: str = "test") -> tuple[list[Document], str]:
@@ -118,15 +120,16 @@ def documents_of(texts: Prompts, *, split: str = "test") -> tuple[list[Document]
     domains = {text.domain for text in found}
     names = named or [None] * len(found)
     counted = [name or f"text {number}" for number, name in enumerate(names)]
+    sources = [_title(item) for item in items] if isinstance(items, list) else [None] * len(found)
     return [
-        Document(name, _domain(text, domains), text.text)
-        for name, text in zip(_distinct(counted), found, strict=True)
+        Document(name, _domain(text, domains), text.text, source or name)
+        for name, text, source in zip(_distinct(counted), found, sources, strict=True)
     ], called or origin
 
 
 def windows_of(
     tokenizer: Any,
-    texts: Prompts,
+    texts: Prompts | Sequence[Document],
     *,
     prefix: int,
     tokens: int | None,
@@ -158,7 +161,7 @@ def windows_of(
     if isinstance(texts, list) and texts and all(isinstance(t, Document) for t in texts):
         documents: list[Document] = texts
     else:
-        documents, _ = documents_of(texts)
+        documents, _ = documents_of(cast(Prompts, texts))
     least = prefix + (1 if tokens is None else tokens) + 1
     most = prefix + (MOST_TOKENS if tokens is None else tokens) + 1
     found: list[Window] = []
@@ -184,7 +187,7 @@ def windows_of(
 def few_of_each(
     tokenizer: Any, documents: list[Document], *, least: int, each: int
 ) -> list[Document]:
-    """Takes the first few documents of each domain that are long enough.
+    """Takes the first few documents of each domain that are long enough, of each source first.
 
     Args:
         tokenizer: mlx-lm's.
@@ -195,23 +198,26 @@ def few_of_each(
     Raises:
         StudyError: If none is that long.
     """
-    taken: Counter[str] = Counter()
-    found = []
-    longest = 0
-    for document in documents:
-        if taken[document.domain] >= each:
-            continue
-        length = len(to_tokens(tokenizer, document.text, template=False))
-        longest = max(longest, length)
-        if length >= least:
-            taken[document.domain] += 1
-            found.append(document)
-    if not found:
+    lengths = {d.name: len(to_tokens(tokenizer, d.text, template=False)) for d in documents}
+    long = [d for d in documents if lengths[d.name] >= least]
+    if not long:
         raise StudyError(
-            f"None of the texts has {least} tokens; the longest has {longest}. Take a shorter "
-            "prefix or fewer tokens."
+            f"None of the texts has {least} tokens; the longest has {max(lengths.values())}. Take "
+            "a shorter prefix or fewer tokens."
         )
-    return found
+    # Excerpts of one source say less together than those of two.
+    seen: Counter[tuple[str, str]] = Counter()
+    rounds = []
+    for document in long:
+        rounds.append(seen[document.domain, document.source])
+        seen[document.domain, document.source] += 1
+    taken: Counter[str] = Counter()
+    names = set()
+    for _, document in sorted(zip(rounds, long, strict=True), key=lambda pair: pair[0]):
+        if taken[document.domain] < each:
+            taken[document.domain] += 1
+            names.add(document.name)
+    return [document for document in long if document.name in names]
 
 
 def _empty(item: Any) -> bool:
@@ -225,6 +231,11 @@ def _name(item: Any) -> str | None:
             if isinstance(item.get(key), str) and item[key]:
                 return str(item[key])
     return None
+
+
+def _title(item: Any) -> str | None:
+    title = item.get("title") if isinstance(item, Mapping) else None
+    return title if isinstance(title, str) else None
 
 
 def _domain(text: DomainText, domains: set[str]) -> str:
