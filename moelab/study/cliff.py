@@ -391,8 +391,8 @@ def _located(
         se = np.sqrt((influence(data) ** 2).sum(0) + least**2)
         return np.asarray(np.abs(data.means) <= edge * se)
 
-    place, low, high = slope_interval(plan.t, ramp, mean, same)
-    breaks = [place] if ramp.kind == "kink" else [ramp.low, place]
+    lower, place, low, high = slope_interval(plan.t, ramp, mean, same)
+    breaks = [place] if ramp.kind == "kink" else [lower, place]
     return breaks, (low, high)
 
 

@@ -174,13 +174,13 @@ def best(plan: Design, mean: Array, kinds: tuple[str, ...]) -> Ramp | None:
 
 def slope_interval(
     t: Array, ramp: Ramp, mean: Array, test: Any, *, places: int = 800
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float, float]:
     """Gives the place of a kink, or of a ramp's upper end, with its interval.
 
-    The model is a straight line, an exponential and the kink; for a ramp its lower end as well. A
-    place is in the interval if the contrast that would move the kink from there is not different
-    from 0; the interval is the stretch of such places around the one that fits best. The contrast
-    has mean 0 at the true place, so a t-test of it over documents needs no large numbers.
+    The model is a straight line, an exponential and the kink; for a ramp, a straight line and both
+    ends, of which the lower one may be anywhere around where it was found. A place is in the interval if the contrast that would move the kink from there is not
+    different from 0; the interval is the stretch of such places around the one that fits best. The
+    contrast has mean 0 at the true place, so a t-test of it over documents needs no large numbers.
 
     Args:
         t: Scaled x, (points,).
@@ -190,42 +190,55 @@ def slope_interval(
         places: Places tried.
 
     Returns:
-        Best place, low and high.
+        The ramp's lower end (for a kink, its candidate's), best place, low and high.
     """
-    floor = ramp.low if ramp.kind == "ramp" else float(t[0])
-    edge = np.linspace(floor, float(t[-1]), places + 2)[1:-1]
-    step = edge[1] - edge[0]
-    kinks = np.maximum(edge[:, None] - t, 0)
-    moves = (t < edge[:, None]).astype(np.float64)
     line = np.stack([np.ones_like(t), t], axis=1)
-    choice = None
-    for rate in (2.0, 4.0, 8.0):
-        if ramp.kind == "ramp":
-            low = ramp.low
-            extra = np.stack([np.maximum(low - t, 0), (t < low + 1e-12).astype(np.float64)], 1)
-        else:
-            extra = np.exp(-rate * t)[:, None]
+    edges = np.linspace(t[0], t[-1], places + 2)[1:-1]
+    step = edges[1] - edges[0]
+    kinks = np.maximum(edges[:, None] - t, 0)
+    tried = []
+    for low, extra in _beside(t, ramp):
         base, _ = np.linalg.qr(np.concatenate([line, extra], axis=1))
         flat = kinks - (kinks @ base) @ base.T
         norm = np.linalg.norm(flat, axis=1)
         unit = flat / np.maximum(norm, 1e-12)[:, None]
-        # Only a kink that falls: its height must be from 0 on.
-        gain = np.where(norm > 1e-6, np.maximum(unit @ mean, 0) ** 2, 0.0)
+        # Only a kink that falls: its height must be from 0 on. And above a ramp's lower end.
+        fits = (norm > 1e-6) & (edges > low)
+        gain = np.where(fits, np.maximum(unit @ mean, 0) ** 2, 0.0)
         loss = float(((mean - base @ (base.T @ mean)) ** 2).sum() - gain.max())
-        if choice is None or loss < choice[0]:
-            choice = (loss, base, unit, int(gain.argmax()))
-    assert choice is not None
-    _, base, unit, place = choice
-    moves = moves - (moves @ base) @ base.T
-    moves = moves - (moves * unit).sum(1, keepdims=True) * unit
-    open_ = np.linalg.norm(moves, axis=1) < 1e-6
-    kept = open_ | test(moves)
-    low_place = high_place = place
-    while low_place > 0 and kept[low_place - 1]:
-        low_place -= 1
-    while high_place < places - 1 and kept[high_place + 1]:
-        high_place += 1
-    return float(edge[place]), float(edge[low_place] - step / 2), float(edge[high_place] + step / 2)
+        tried.append((loss, low, base, unit, int(gain.argmax())))
+    _, lower, _, _, chosen = best_one = min(tried, key=lambda one: one[0])
+    left, right = chosen, chosen
+    # A kink's rate is taken as found; a ramp's lower end may be anywhere that was tried.
+    for _, low, base, unit, place in tried if ramp.kind == "ramp" else [best_one]:
+        moves = (t < edges[:, None]).astype(np.float64)
+        moves = moves - (moves @ base) @ base.T
+        moves = moves - (moves * unit).sum(1, keepdims=True) * unit
+        fine = (np.linalg.norm(moves, axis=1) < 1e-6) | test(moves)
+        if not fine[place]:
+            continue
+        start = end = place
+        while start > 0 and fine[start - 1] and edges[start - 1] > low:
+            start -= 1
+        while end < places - 1 and fine[end + 1]:
+            end += 1
+        left, right = min(left, start), max(right, end)
+    return (
+        lower,
+        float(edges[chosen]),
+        float(edges[left] - step / 2),
+        float(edges[right] + step / 2),
+    )
+
+
+def _beside(t: Array, ramp: Ramp) -> list[tuple[float, Array]]:
+    """What stands in the model beside a straight line and the kink: lower end, columns."""
+    if ramp.kind == "kink":
+        return [(ramp.low, np.exp(-rate * t)[:, None]) for rate in (2.0, 4.0, 8.0)]
+    # The lower end may be up to one tested place away from the candidate's.
+    place = int(np.abs(t - ramp.low).argmin())
+    lows = np.linspace(t[max(place - 1, 0)], t[place + 1], 22)[1:-1]
+    return [(float(low), np.maximum(low - t, 0)[:, None]) for low in lows]
 
 
 def gap_interval(plan: Design, means: Array, level: float) -> tuple[float, float]:
