@@ -78,7 +78,7 @@ def log_softmax(logits: mx.array) -> np.ndarray:
 
 
 def rest_of(model: Any, site: Any, tokens: list[int], at: int, expert: int | None) -> np.ndarray:
-    """Log-probabilities of each prediction from token `at` on, with one expert dropped at that token."""
+    """Log-probabilities from token `at` on, with one expert dropped at that token."""
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([tokens[:PREFIX]]), cache=cache))
     for token in tokens[PREFIX:at]:

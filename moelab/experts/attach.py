@@ -22,7 +22,7 @@ from .bank import Bank, LayerBank
 from .copies import Copies
 from .lossy import LossyEngine, LossyLayer, initial_order
 from .misses import Load, LowBit, MissAction
-from .policies import PolicyMaker
+from .policies import PolicyMaker, placed
 from .residency import Residency
 from .router import RouterRule, ask_rules
 from .switch import PartialSwitch
@@ -160,7 +160,7 @@ class Attachment:
 
     def _open(self, site: SwitchSite, capacity: int, spans: Spans) -> None:
         layer = LayerBank(
-            self.bank, site, capacity, self._make_policy(), spans,
+            self.bank, site, capacity, placed(self._make_policy(), site.layer), spans,
             pinned=self._pins.get(site.layer, ()), widen=self._widen,
         )  # fmt: skip
         order = list(self._sites)
@@ -260,7 +260,8 @@ class Attachment:
         for layer in self.bank.layers:
             layer.clear()
             pinned = self._pins.get(layer.layer, ())
-            layer.residency = Residency(layer.capacity, make_policy(), pinned)
+            policy = placed(make_policy(), layer.layer)
+            layer.residency = Residency(layer.capacity, policy, pinned)
         self.reset()
 
     @property

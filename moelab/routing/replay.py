@@ -14,7 +14,7 @@ import numpy as np
 
 from ..display import facts_html, facts_text
 from ..errors import CapacityError
-from ..experts.policies import Future, Min, MinForced, make_policy
+from ..experts.policies import Future, Min, MinForced, make_policy, placed
 from ..experts.residency import Load, Residency
 from .events import LayerEvents, check_frame, layer_events, steps_of
 from .metrics import miss_rates
@@ -208,7 +208,7 @@ def _replacing(
         away = frozenset(pinned)
         made: Any = MinForced(Future([[e for e in n if e not in away] for n in needed_of]))
     else:
-        made = make_policy(policy)()
+        made = placed(make_policy(policy)(), events.layer)
     bank = Residency(capacity, made, pinned)
     for load in bank.fill(first, events.top_k):
         bank.arrived(load)

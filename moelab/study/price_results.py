@@ -113,10 +113,10 @@ class Prices:
         return fit_prices(self.frame, action=action, **options)
 
     def plot(self, **options: Any) -> Axes:
-        """Draws price against gate weight; see `moelab.plots.study.price`."""
+        """Draws price against gate weight; see `moelab.plots.study.price_by_weight`."""
         from ..plots import study
 
-        axes: Axes = study.price(self.frame, **options)
+        axes: Axes = study.price_by_weight(self.frame, **options)
         return axes
 
     def _facts(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Policy, PolicyBase
+from .base import Policy, PolicyBase, placed
 from .counts import LCP, LFRU, LFU, LFUAgeing
 from .minimum import Future, Min, MinForced
 from .queues import LRU, S3FIFO, LeastStale, Sieve, Static
@@ -26,5 +26,6 @@ __all__ = [
     "Sieve",
     "Static",
     "make_policy",
+    "placed",
     "policies",
 ]

@@ -79,3 +79,17 @@ class PolicyBase:
     def sweep_order(self, misses: Sequence[int]) -> Sequence[int]:
         """Ascending id."""
         return misses
+
+    def placed(self, layer: int) -> None:
+        """Ignores which layer the policy is for; told once, before anything else."""
+
+
+def placed(policy: Policy, layer: int) -> Policy:
+    """Tells a fresh policy which layer it is for, if it wants to know, and returns it.
+
+    A policy that has no `placed` is the same for every layer.
+    """
+    tell = getattr(policy, "placed", None)
+    if tell is not None:
+        tell(layer)
+    return policy

@@ -228,7 +228,7 @@ class LFRU(PolicyBase):
         if count <= 0:
             return []
         held = self._held
-        score = np.frombuffer(held) / (self._now + 1 - np.frombuffer(self._last))
+        score = self._scores()
         chosen = _lowest(score, count)
         if any(expert in kept for expert in chosen):  # seldom: those in use have age 0
             score[[e for e in kept if e < len(score)]] = np.inf
@@ -236,6 +236,10 @@ class LFRU(PolicyBase):
         for expert in chosen:
             held[expert] = math.inf
         return chosen
+
+    def _scores(self) -> np.ndarray:
+        """Returns a new array, by expert: what is evicted lowest first; infinite if not there."""
+        return np.frombuffer(self._held) / (self._now + 1 - np.frombuffer(self._last))
 
     def admitted(self, experts: Sequence[int]) -> None:
         """See `Policy.admitted`."""
