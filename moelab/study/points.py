@@ -219,12 +219,13 @@ def _checked_capacity(value: Any) -> int | float:
             "A sweep's capacity is an int (experts a layer) or a float (a share of them), the "
             f"same for every layer, got {value!r:.60}."
         )
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise CapacityError(
-            f"A capacity given as a float is a share between 0 and 1, got {value}. Give an int to "
-            "count experts."
-        )
-    if value < 1:
+    if isinstance(value, float):
+        if not 0 < value <= 1:
+            raise CapacityError(
+                f"A capacity given as a float is a share between 0 and 1, got {value}. Give an "
+                "int to count experts."
+            )
+    elif value < 1:
         raise CapacityError(f"A capacity counts experts, from a layer's top-k on, got {value}.")
     return value
 
