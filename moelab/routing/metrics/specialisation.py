@@ -199,7 +199,8 @@ def domain_information(
         A row a phase, layer, `given` (`"nothing"`, `"token"`) and `null`: `documents`, `tokens`
         (int64), `bits` (float64), `null_mean`, `null_95` (the 95th percentile), `excess` (`bits`
         − `null_mean`), `p` (share of the permutations, with the data, that reach `bits`), `of`
-        (bits of H(expert) or H(expert | token id), of which this is a part).
+        (bits of H(expert) or H(expert | token id), of which this is a part; log₂k of it is only
+        that the slot is one of the token's k).
 
     Raises:
         SchemaError: As for `domain_specialisation`.
