@@ -147,7 +147,8 @@ def curves(
     `lru` and `min_forced`. That takes time where prompts came in large chunks: give a few
     `capacities` for a long trace, or leave prompts out with `others="exclude"`. A sweep reads every
     expert once, so `loads` are its misses there too. Forced MIN's choice in a sweep is good but not
-    always best; `min` is a bound there as well.
+    always best; `min` is a bound there as well. MIN makes the loads of all events that are played
+    the fewest; where some are played and not counted, it is a bound for all of them together.
 
     Args:
         recording: A recording of a lossless run, its `routing` or a frame like it, what
@@ -186,7 +187,7 @@ def curves(
         others=others,
         reset=reset == "run",
         by_run=by == "run",
-        capacities=None if capacities is None else _numbers(capacities),
+        capacities=None if capacities is None else numbers_of(capacities),
         pins=pins,
         policies=POLICIES if bounds else POLICIES[:1],
     )
@@ -256,7 +257,7 @@ def events_of(
 def _layer(stream: LayerStream, asked: Asked) -> pd.DataFrame:
     """Counts one layer, in every group and at every capacity."""
     pins = _pins(asked.pins, stream)
-    sizes = _capacities(stream, asked, len(pins))
+    sizes = capacities_of(stream, asked.capacities, len(pins))
     played, counted, fresh = events_of(stream, asked.phase, asked.others, asked.reset)
     if asked.by_run:
         names, place = np.unique(played.run, return_inverse=True)
@@ -427,13 +428,15 @@ def _pins(pins: Any, stream: LayerStream) -> list[int]:
     return found
 
 
-def _capacities(stream: LayerStream, asked: Asked, pins: int) -> np.ndarray:
+def capacities_of(
+    stream: LayerStream, asked: Sequence[int | float] | None, pins: int = 0
+) -> np.ndarray:
     """Returns the capacities of a layer, int64, ascending, each once."""
     lowest, highest = stream.top_k + pins, stream.experts
-    if asked.capacities is None:
+    if asked is None:
         return np.arange(lowest, highest + 1)
     sizes = set()
-    for given in asked.capacities:
+    for given in asked:
         size = given if isinstance(given, int) else math.floor(given * highest + 0.5)
         if not lowest <= size <= highest:
             free = f"its top-k{f' and {pins} pins' if pins else ''}: a token needs them all at once"
@@ -445,7 +448,7 @@ def _capacities(stream: LayerStream, asked: Asked, pins: int) -> np.ndarray:
     return np.array(sorted(sizes), np.int64)
 
 
-def _numbers(capacities: Any) -> tuple[int | float, ...]:
+def numbers_of(capacities: Any) -> tuple[int | float, ...]:
     """Checks the capacities that were asked for, before the layers are known."""
     if isinstance(capacities, int | float | str) or not isinstance(capacities, Iterable):
         raise CapacityError(f"capacities must be a list of numbers, got {capacities!r}.")

@@ -38,7 +38,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +46,7 @@ import numpy as np
 from ..display import facts_html, facts_text
 from ..errors import MoelabError, SchemaError, StudyError
 from .columns import SCHEMA
+from .documents import documents_of
 from .events import check_frame
 from .loop import PHASES
 from .recording import Recording
@@ -71,15 +71,6 @@ TYPES: Mapping[str, str] = {
 OPTIONAL = ("token_id", "text")
 ABOUT = ("model", "fingerprint", "layers", "experts", "top_k", "provenance", "documents")
 """What the metadata must have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Which text a run is of."""
-
-    run: int
-    document: str
-    domain: str
 
 
 def export_trace(
@@ -132,7 +123,7 @@ def export_trace(
     routing, run = recording.routing, recording.run
     check_frame(routing)
     routing = recover(routing, run["layers"], run["top_k"])
-    known = _documents(documents, routing["run"].unique().tolist())
+    known = documents_of(documents, routing["run"].unique().tolist())
     token = token_rows(routing)
     about = {
         "model": run["model"],
@@ -453,29 +444,6 @@ def _as_recorded(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.rename(columns={"text": "token"})
     ours = [name for name in SCHEMA["routing"] if name in frame.columns]
     return frame[[*ours, "document", "domain"]]
-
-
-def _documents(given: Any, runs: list[int]) -> list[Document]:
-    """Returns the document of each run, by run."""
-    import pandas as pd
-
-    if given is None:
-        return [Document(int(run), f"run {run}", "") for run in sorted(runs)]
-    if isinstance(given, pd.DataFrame):
-        lacks = [name for name in ("run", "document") if name not in given.columns]
-        if lacks:
-            raise SchemaError(f"documents= lacks the columns {', '.join(lacks)}.")
-        domains = given["domain"] if "domain" in given.columns else [""] * len(given)
-        rows = zip(given["run"], given["document"], domains, strict=True)
-        given = {int(run): (str(name), str(domain)) for run, name, domain in rows}
-    known = {}
-    for run, told in dict(given).items():
-        name, domain = (told, "") if isinstance(told, str) else told
-        known[int(run)] = Document(int(run), name, domain)
-    lacking = sorted(set(runs) - set(known))
-    if lacking:
-        raise StudyError(f"documents= says nothing of the runs {lacking}.")
-    return [known[run] for run in sorted(runs)]
 
 
 def _text(values: Any) -> Any:
