@@ -7,14 +7,14 @@ after it is one step, as in decoding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import MoelabError
 from ..experts.misses import resolve_action
+from .judge import copied
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,7 @@ class ForcedText:
             lab.reset()
         else:
             lab.set_on_miss(on_miss, swap_budget=swap_budget)
-        cache = _copied(self._cache)
+        cache = copied(self._cache)
         picked = []
         for given, wanted in zip(
             self.tokens[self.prefix : -1], self.tokens[self.prefix + 1 :], strict=True
@@ -89,22 +89,3 @@ class ForcedText:
                 "logprob": pd.Series([float(p.item()) for p in picked], dtype="float64"),
             }
         )
-
-
-def _copied(cache: list[Any]) -> list[Any]:
-    """Returns a cache with the same contents, which going on from does not change the first."""
-    copied = []
-    for part in cache:
-        twin = copy.copy(part)
-        # Caches write into their arrays in place, so the arrays must be others too.
-        twin.state = _copied_arrays(part.state)
-        copied.append(twin)
-    return copied
-
-
-def _copied_arrays(value: Any) -> Any:
-    if isinstance(value, mx.array):
-        return mx.array(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_copied_arrays(item) for item in value)
-    return value

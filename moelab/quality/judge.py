@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from ..errors import StudyError
+from ..errors import MoelabError, StudyError
 from ..experts.misses import Load, MissAction, resolve_action
 from ..lab import PREFILL_STEP, Lab
 from .divergence import CONSTRAINED, REFERENCE, check_finite, diverge
@@ -346,6 +346,12 @@ def quantised(cache: list[Any], bits: int | None) -> list[Any]:
 @contextlib.contextmanager
 def as_before(lab: Lab) -> Iterator[None]:
     """Gives the lab its action and swap budget back, and its bank its initial contents."""
+    lab._check_open()
+    if lab.sessions:
+        raise MoelabError(
+            "The lab is being recorded, and judging resets its bank. Leave the "
+            "`with lab.record()` block first."
+        )
     action, budget = lab.miss_action, lab.swap_budget
     try:
         yield
@@ -361,8 +367,6 @@ def exactly(lab: Lab | Stock) -> Iterator[None]:
         yield
         return
     with as_before(lab):
-        if lab.sessions or lab._closed:
-            put_action(lab, Load(), None)  # which refuses
         # Copies at few bits stay: the lab's own action comes back, and for a large model they are
         # gigabytes to read again.
         lab.attachment.set_action(Load(), None, keep_copies=True)
