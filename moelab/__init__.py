@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .quality.compare import compare, noise_floor
     from .quality.comparison import Comparison
     from .quality.generation import compare_generation
+    from .quality.recorded import RecordedTexts, record_texts
     from .quality.tasks import Task, run_tasks
     from .routing.curves import Curves, curves
     from .routing.gaps import belady_gap, skew_and_recency
@@ -100,6 +101,8 @@ _HOME = {
     "noise_floor": "quality.compare",
     "Comparison": "quality.comparison",
     "compare_generation": "quality.generation",
+    "RecordedTexts": "quality.recorded",
+    "record_texts": "quality.recorded",
     "Task": "quality.tasks",
     "run_tasks": "quality.tasks",
     "Curves": "routing.curves",
@@ -158,6 +161,7 @@ __all__ = [
     "Prices",
     "Profile",
     "ProfileError",
+    "RecordedTexts",
     "Recording",
     "Replay",
     "ReplayError",
@@ -196,6 +200,7 @@ __all__ = [
     "read_profile",
     "read_recording",
     "read_trace",
+    "record_texts",
     "recover",
     "release",
     "replay",
