@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moelab
-from moelab.errors import CapacityError, PolicyError, ReplayError, StudyError
+from moelab.errors import CapacityError, PolicyError, ReplayError, SchemaError, StudyError
 from moelab.routing.curves import curves
 from tests.support import brute, frames
 
@@ -275,7 +275,11 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], words: s
         (FRAME.iloc[:0], ReplayError, "no rows"),
         (FRAME.assign(outcome="drop"), ReplayError, "lossy miss action .drop."),
         (FRAME.assign(expert=-1), ReplayError, "under 0"),
-        (FRAME.assign(phase="decoding"), StudyError, "column phase has 'decoding'"),
+        (FRAME.assign(phase="decoding"), SchemaError, "column phase has 'decoding'"),
+        (FRAME.assign(expert=FRAME["expert"] + 0.5), SchemaError, "column expert .* float64"),
+        (FRAME.assign(expert=1 << 20), SchemaError, "column expert has 1048576"),
+        (FRAME.assign(layer=pd.array([1, None] * 4, "Int16")), SchemaError, "layer .* with gaps"),
+        (FRAME.assign(weight="x"), SchemaError, "column weight"),
         ([], StudyError, "no layer"),
         (7, ReplayError, "got int"),
     ],

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import CapacityError, StudyError
+from ..errors import CapacityError, SchemaError
 from .compiled import compiled
-from .events import check_frame, steps_of
+from .events import NEEDED, check_frame, steps_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +19,9 @@ EVENT_PHASES = ("padding", "prefill", "decode", "all")
 """Phases of events, by code. An event has the phase of its tokens other than padding; one with
 tokens of both kinds is of prefill. "all" is where the frame does not say."""
 WHOLE = EVENT_PHASES.index("all")
+
+MOST = 1 << 16
+"""Experts of a layer beyond which a frame is taken to be damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +188,11 @@ def frame_streams(
 
     Raises:
         ReplayError: As for `moelab.replay`.
+        SchemaError: If a column has values that it cannot have.
         CapacityError: If the frame has an expert that `experts` does not count.
     """
     check_frame(routing)
+    check_columns(routing)
     step, steps = steps_of(routing)
     phase = event_phases(routing, step, len(steps))
     run = steps["run"].to_numpy().astype(np.int64)
@@ -206,6 +211,29 @@ def frame_streams(
         yield stream(layer, size, top_k, step[rows], mine, weights, run, phase)
 
 
+def check_columns(routing: pd.DataFrame) -> None:
+    """Refuses a frame whose columns were edited into something else.
+
+    Raises:
+        SchemaError: Names the column.
+    """
+    for name in NEEDED:
+        kind = getattr(routing[name].dtype, "kind", "O")
+        if kind not in "iu" or routing[name].isna().any():
+            raise SchemaError(
+                f"The column {name} must be whole numbers, and is {routing[name].dtype}"
+                f"{' with gaps' if routing[name].isna().any() else ''}."
+            )
+    highest = int(routing["expert"].max())
+    if highest >= MOST:
+        raise SchemaError(
+            f"The column expert has {highest}, and no layer has so many experts; the highest id "
+            f"that is believed is {MOST - 1}."
+        )
+    if "weight" in routing.columns and getattr(routing["weight"].dtype, "kind", "O") not in "fiu":
+        raise SchemaError(f"The column weight must be numbers, and is {routing['weight'].dtype}.")
+
+
 def event_phases(routing: pd.DataFrame, step: np.ndarray, count: int) -> np.ndarray:
     """Returns the phase of each of `count` events, int8, from the event of each row."""
     if "phase" not in routing.columns:
@@ -214,7 +242,7 @@ def event_phases(routing: pd.DataFrame, step: np.ndarray, count: int) -> np.ndar
     named = routing["phase"].astype("str").to_numpy()
     wrong = sorted(set(named.tolist()) - set(EVENT_PHASES[:WHOLE]))
     if wrong:
-        raise StudyError(
+        raise SchemaError(
             f"The column phase has {', '.join(map(repr, wrong[:3]))}, and it may have "
             f"{', '.join(map(repr, EVENT_PHASES[:WHOLE]))}."
         )
