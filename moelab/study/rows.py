@@ -168,6 +168,7 @@ class Folder:
     ) -> None:
         self.path = Path(path).expanduser()
         self.damaged: list[Path] = []
+        self._fingerprint: str | None = identity.get("fingerprint")
         if self.path.suffix == ".parquet":
             raise StudyError(
                 f"{self.path} names a file, and a sweep is written to a folder, a part at a time. "
@@ -203,7 +204,7 @@ class Folder:
             if wanted is not None and _point_of(part) not in wanted:
                 continue
             try:
-                frame = read_part(part)
+                frame = read_part(part, self._fingerprint)
             except StudyError as error:
                 if isinstance(error, SchemaError):
                     raise
@@ -299,12 +300,16 @@ def parts_in(path: Path) -> list[Path]:
     return sorted(path.glob("part-*.parquet"))
 
 
-def read_part(part: Path) -> pd.DataFrame:
+def read_part(part: Path, fingerprint: str | None = None) -> pd.DataFrame:
     """Reads one part file.
+
+    Args:
+        part: The file.
+        fingerprint: Of the model whose rows they must be; None for any.
 
     Raises:
         StudyError: If it cannot be read.
-        SchemaError: If it can, and is not as it was written.
+        SchemaError: If it can, and is not as it was written, or has rows of another model.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -318,7 +323,15 @@ def read_part(part: Path) -> pd.DataFrame:
         raise StudyError(
             f"The part {part} cannot be read ({reason:.120}): it is cut short or damaged."
         ) from error
-    return checked_rows(frame, f"The part {part.name}")
+    rows = checked_rows(frame, f"The part {part.name}")
+    others = set(rows["fingerprint"]) - {fingerprint}
+    if fingerprint is not None and others:
+        raise SchemaError(
+            f"The part {part} has rows of another model in its column 'fingerprint' "
+            f"({', '.join(sorted(others))}) than its folder is of ({fingerprint}). Was it copied "
+            "there? Take it out."
+        )
+    return rows
 
 
 def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:

@@ -23,7 +23,7 @@ from ..experts.policies import LRU, make_policy
 from ..experts.residency import Load as ExpertLoad
 from ..lab import PREFILL_STEP, Lab
 from ..quality.divergence import diverge
-from ..quality.judge import Reference, judged, put_action
+from ..quality.judge import Reference, judge, judged, put_action
 from ..quality.window import Window
 from .bytes import ModelFacts, cache_bytes
 from .points import Point, initial_contents
@@ -32,6 +32,7 @@ from .rows import COLUMNS, window_key
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..experts.event import LayerEvent
     from ..routing.steps import Step
 
 ROUTED = ("run", "step", "layer", "rank", "expert")
@@ -47,6 +48,8 @@ class Known:
 
     window: Window
     reference: Reference
+    quality: Mapping[str, float]
+    """The full model's own figures, against itself."""
     routing: pd.DataFrame
     """`ROUTED` of prefix and judged tokens, with the model's own cache."""
     cache_bytes: int
@@ -58,23 +61,29 @@ class Known:
 class Quantised:
     """What an exact run with a quantised cache told."""
 
-    tokens: pd.DataFrame
-    """As `moelab.quality.judge.judge` gives it."""
+    quality: Mapping[str, float]
+    """Against the run with the model's own cache."""
     routing: pd.DataFrame
     cache_bytes: int
 
 
 class Watched:
-    """Listens to forward passes for what they read and for the cache that they go on with."""
+    """Listens to forward passes: what their routers chose, what they read, and their cache.
+
+    Beside what `Lab.record` does, since judging resets the bank and refuses to be recorded.
+    """
 
     def __init__(self) -> None:
         self.loads: list[list[tuple[int, Sequence[ExpertLoad], Sequence[float]]]] = []
         """By step, as `Step.loads`; what fills the bank between steps is in none."""
+        self.events: list[list[LayerEvent]] = []
+        """By step, as `Step.events`."""
         self.cache: Any = None
 
     def begins(self, step: Step) -> None:
         """See `StepListener`. The step itself is not kept, since it holds on to its logits."""
         self.loads.append(step.loads)
+        self.events.append(step.events)
         self.cache = step.cache
 
     def experts_read(self) -> dict[int, int]:
@@ -84,6 +93,37 @@ class Watched:
             for layer, loads, _ in step:
                 found[layer] = found.get(layer, 0) + len(loads)
         return found
+
+    def routing(self, window: Window, *, prefix: bool = True) -> pd.DataFrame:
+        """Returns what was routed, as `ROUTED`; the rank is the place in the router's answer.
+
+        Args:
+            window: What ran.
+            prefix: Whether its prefix did, or the tokens after it alone.
+
+        Raises:
+            StudyError: If that is not what ran.
+        """
+        import pandas as pd
+
+        chunks = -(-window.prefix // PREFILL_STEP) if prefix else 0
+        if len(self.events) != chunks + len(window.fed):
+            raise StudyError(
+                f"{len(self.events)} forward passes of {window.document!r} were seen where "
+                f"{chunks + len(window.fed)} should be, so that its routing cannot be replayed. "
+                "Please report this with the model's family."
+            )
+        parts = []
+        for place, events in enumerate(self.events):
+            run, step = (PREFIX, place) if place < chunks else (JUDGED, place - chunks)
+            for event in events:
+                ids = np.array(event.ids)
+                flat = ids.reshape(-1, ids.shape[-1])
+                ranks = np.broadcast_to(np.arange(flat.shape[1]), flat.shape)
+                same = [np.full(flat.size, value) for value in (run, step, event.layer)]
+                parts.append(np.stack([*same, ranks.ravel(), flat.ravel()]))
+        columns = dict(zip(ROUTED, np.concatenate(parts, axis=1), strict=True))
+        return pd.DataFrame(columns).astype("int32")
 
 
 @contextlib.contextmanager
@@ -146,47 +186,28 @@ class Runner:
     # -- exact runs --------------------------------------------------------------------------
 
     def _run_exactly(self, window: Window) -> Known:
-        with watching(self.lab) as seen, self.lab.record() as recording:
+        with watching(self.lab) as seen:
             reference = Reference(self.lab, window)
-        routing = self._in_order(recording.routing, window, prefix=True)
-        return Known(window, reference, routing, cache_bytes(seen.cache))
+        logits = reference.logits(0, window.judged)
+        # The same arithmetic as where the other side is lossy, so that equal means equal.
+        own = diverge(logits, logits, np.array(window.wanted))
+        quality = measured(own.kl, own.logprob, own.logprob_reference, own.same_top1)
+        return Known(window, reference, quality, seen.routing(window), cache_bytes(seen.cache))
 
     def _quantised(self, known: Known, bits: int) -> Quantised:
         if bits not in known.quantised:
-            self._exactly()
-            with watching(self.lab) as seen:
-                tokens, routing = judged(
-                    self.lab, known.window, known.reference, Load(), kv_bits=bits, record=True
-                )
-            assert routing is not None
             import pandas as pd
 
+            self._exactly()
+            with watching(self.lab) as seen:
+                tokens = judge(self.lab, known.window, known.reference, Load(), kv_bits=bits)
             # The prefix ran with the model's own cache, which is quantised after it.
             before = known.routing[known.routing["run"] == PREFIX]
-            after = self._in_order(routing, known.window, prefix=False)
+            after = seen.routing(known.window, prefix=False)
             whole = pd.concat([before, after], ignore_index=True)
-            known.quantised[bits] = Quantised(tokens, whole, cache_bytes(seen.cache))
+            held = cache_bytes(seen.cache)
+            known.quantised[bits] = Quantised(_measured(tokens), whole, held)
         return known.quantised[bits]
-
-    def _in_order(self, routing: pd.DataFrame, window: Window, *, prefix: bool) -> pd.DataFrame:
-        """Numbers the steps of a recorded window anew: those of the prefix, then the judged ones.
-
-        The recorder cannot know that a copied cache goes on with the same text.
-        """
-        frame = routing[list(ROUTED)].reset_index(drop=True)
-        steps = frame[["run", "step"]].drop_duplicates()
-        chunks = -(-window.prefix // PREFILL_STEP) if prefix else 0
-        if len(steps) != chunks + len(window.fed):
-            raise StudyError(
-                f"{len(steps)} forward passes of {window.document!r} were recorded, and "
-                f"{chunks + len(window.fed)} ran: it cannot be replayed. Please report this with "
-                "the model's family."
-            )
-        places = {key: at for at, key in enumerate(steps.itertuples(index=False, name=None))}
-        pairs = zip(frame["run"].tolist(), frame["step"].tolist(), strict=True)
-        place = np.fromiter((places[pair] for pair in pairs), np.int32, len(frame))
-        run = np.where(place < chunks, PREFIX, JUDGED).astype(np.int32)
-        return frame.assign(run=run, step=np.where(place < chunks, place, place - chunks))
 
     # -- points ------------------------------------------------------------------------------
 
@@ -196,15 +217,10 @@ class Runner:
 
         window = known.window
         if point.kv_bits is None:
-            routing, held = known.routing, known.cache_bytes
-            logits = known.reference.logits(0, window.judged)
-            # Both are the full model: its own probabilities, by the same arithmetic.
-            same = diverge(logits, logits, np.array(window.wanted))
-            quality = measured(same.kl, same.logprob, same.logprob_reference, same.same_top1)
+            quality, routing, held = known.quality, known.routing, known.cache_bytes
         else:
             own = self._quantised(known, point.kv_bits)
-            routing, held = own.routing, own.cache_bytes
-            quality = _measured(own.tokens)
+            quality, routing, held = own.quality, own.routing, own.cache_bytes
         layers = self.facts.layers
         played = replay(
             routing,

@@ -55,16 +55,11 @@ class Sweep:
         """
         folder = Path(path).expanduser()
         settings = read_manifest(folder)
-        parts = [read_part(part) for part in parts_in(folder)]
+        model = settings["identity"].get("fingerprint")
+        parts = [read_part(part, model) for part in parts_in(folder)]
         frame = joined(parts)
         if frame is None:
             raise StudyError(f"{folder} holds a sweep without any row yet. Run it first.")
-        others = {settings["identity"].get("fingerprint")} ^ set(frame["fingerprint"])
-        if others:
-            raise StudyError(
-                f"{folder} has rows of another model than its sweep.json says ({sorted(others)}). "
-                "Parts of another folder do not belong here."
-            )
         order = ["on_miss", "policy", "pins", "kv_bits", "seed", "capacity", "domain", "prompt"]
         return cls(frame.sort_values(order, kind="stable", ignore_index=True), settings, folder)
 
