@@ -254,7 +254,7 @@ def test_compare_policies() -> None:
             for i in range(start, start + 4)
         ]
 
-    options: dict[str, Any] = {"prefix": 8, "tokens": 10, "progress": False}
+    options: dict[str, Any] = {"prefix": 8, "tokens": 6, "progress": False}
     with moelab.load(folder("olmoe"), 6) as lab:
         found = compare_policies(
             lab, {"drop": table}, [6], selection=texts(0), test=texts(4), **options

@@ -21,6 +21,7 @@ from ..display import facts_html, facts_text
 from ..errors import PolicyError, StudyError
 from ..experts.policies import LFRU
 from ..quality.intervals import clustered, simultaneous
+from ..quality.window import documents_of
 from .price_model import fit_prices
 
 if TYPE_CHECKING:
@@ -273,6 +274,13 @@ def compare_policies(
     for name, value in (("tables", tables), ("variants", variants), ("baselines", baselines)):
         if not len(value):
             raise StudyError(f"{name} is empty, so there is nothing to compare.")
+    splits = {"selection": selection, "test": test}
+    named = [{d.name for d in documents_of(t, split=s)[0]} for s, t in splits.items()]
+    if shared := sorted(named[0] & named[1]):
+        raise StudyError(
+            f"{len(shared)} texts are in both splits, such as {shared[0]!r}: a policy is judged on "
+            "texts that it was not chosen by. Give texts with names of their own."
+        )
     chosen: dict[str, str] = {}
     told, frames = [], []
     for action, table in tables.items():
@@ -290,12 +298,6 @@ def compare_policies(
             model, capacity, policy=[policies[chosen[action]], *others], prompts=test,
             split="test", out=None if place is None else place / "test", **given,
         ).frame  # fmt: skip
-        shared = sorted(set(tried["prompt"]) & set(judged["prompt"]))
-        if shared:
-            raise StudyError(
-                f"{len(shared)} texts are in both splits, such as {shared[0]!r}: a policy is "
-                "judged on texts that it was not chosen by. Give texts with names of their own."
-            )
         told.append(means)
         frames.append(judged)
     frame = pd.concat(frames, ignore_index=True)
