@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ..errors import StudyError
 from ..experts.policies import REPLAY_ONLY, policies
 from .curves import Others, curves
@@ -173,27 +175,31 @@ def _replayed(
     counted = steps[here].astype({name: frame[name].dtype for name in ("run", "step")})
     if others == "exclude":
         frame = frame[here[step]]
-    alone = [frame] if reset is None else [part for _, part in frame.groupby("run", sort=False)]
+    # A bank for each run is a bank for each "layer" where every run has layers of its own.
+    span = max(experts) + 1
+    kind = frame["layer"].dtype
+    if reset == "run":
+        runs, names = pd.factorize(frame["run"])
+        frame = frame.assign(layer=runs * span + frame["layer"].to_numpy().astype(np.int64))
+        experts = {run * span + k: n for run in range(len(names)) for k, n in experts.items()}
+    present = frame["layer"].unique().tolist()
     parts = []
     for size in sizes:
-        for part in alone:
-            # One expert more than there are: told the true number, a replay takes a bank of that
-            # size for a stock layer, which loads nothing, and here the bank is empty at first.
-            result = replay(
-                part,
-                policy,
-                capacity=size,
-                experts={layer: count + 1 for layer, count in experts.items()},
-            )
-            events = result.events.merge(counted, on=["run", "step"], how="inner")
-            events = events.assign(
-                misses=events["slots"] - events["hits"],
-                loads=events["missed"],
-                capacity=events["layer"].map(result.capacity),
-                policy=result.policy,
-            )
-            grouped = events.groupby(["run", "layer", "policy", "capacity"], sort=False)
-            parts.append(grouped[list(SUMS)].sum().reset_index())
+        # One expert more than there are: told the true number, a replay takes a bank of that size
+        # for a stock layer, which loads nothing, and here the bank is empty at first.
+        result = replay(
+            frame, policy, capacity=size, experts={layer: experts[layer] + 1 for layer in present}
+        )
+        events = result.events.merge(counted, on=["run", "step"], how="inner")
+        events = events.assign(
+            layer=(events["layer"] % span).astype(kind),
+            misses=events["slots"] - events["hits"],
+            loads=events["missed"],
+            capacity=size,
+            policy=result.policy,
+        )
+        grouped = events.groupby(["run", "layer", "policy", "capacity"], sort=False)
+        parts.append(grouped[list(SUMS)].sum().reset_index())
     return pd.concat(parts, ignore_index=True)
 
 
