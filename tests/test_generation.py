@@ -116,13 +116,16 @@ def test_both_draw_the_same_random_numbers() -> None:
 
 def test_one_token_prompts_and_the_labs_own_action() -> None:
     with lab(on_miss="substitute", swap_budget=1) as own:
-        found = pairs(
+        found, said = pairs(
             own, [Ask("short", "all", (7,))], own.miss_action, swap_budget=1, max_tokens=6,
             seeds=[0], sampling={"temperature": 0.0}, scored=True, progress=False,
         )  # fmt: skip
         assert len(found[0].constrained.ids) <= 6 and not math.isnan(found[0].nll_full)
         whole = compare_generation(own, PROMPTS[:1], max_tokens=6, temperature=0, **RAW)
         assert whole.settings["on_miss"] == "substitute" and whole.settings["swap_budget"] == 1
+        lowest = {str(site.layer): [0, 1, 2, 3] for site in own.sites}
+        bank = {layer: sorted(held) for layer, held in said["initial_bank"].items()}
+        assert bank == lowest and whole.settings["initial_bank"] == said["initial_bank"]
         assert (own.on_miss, own.swap_budget) == ("substitute", 1)
     assert "substitute" in repr(whole) and "<table" in whole._repr_html_()
 

@@ -158,13 +158,13 @@ def compare_generation(
     asked = dict(zip(SAMPLING, (temperature, top_p, top_k, min_p, repetition_penalty), strict=True))
     seeds = checked_run(lab, seeds, max_tokens, asked)
     asks = _asks(lab, prompts, template, prompt_tokens)
-    found = pairs(
+    found, said = pairs(
         lab, asks, action, swap_budget=budget, max_tokens=max_tokens, seeds=seeds,
         sampling=asked, scored=True, progress=progress,
     )  # fmt: skip
     frame = _frame(found)
     settings = {
-        **run_settings(lab, action, budget, max_tokens, seeds, asked),
+        **run_settings(lab, said, max_tokens, seeds, asked),
         "template": template if prompt_tokens is None and prompts is not None else False,
         "prompt_tokens": SHIPPED_PROMPT if prompts is None and not prompt_tokens else prompt_tokens,
     }

@@ -186,7 +186,7 @@ def pairs(
     sampling: Mapping[str, Any],
     scored: bool,
     progress: bool,
-) -> list[Pair]:
+) -> tuple[list[Pair], dict[str, Any]]:
     """Lets both models write from each prompt with each seed.
 
     Afterwards the lab has its own action again, also after an error or an interrupt. Its bank
@@ -202,10 +202,17 @@ def pairs(
         sampling: See `Beginning.go_on`.
         scored: Also score both texts under the full model.
         progress: Show a progress bar.
+
+    Returns:
+        The pairs, by prompt and then by seed, and what the constrained lab was, its bank's initial
+        contents with it: see `routing.session.manifest`.
     """
     from tqdm.auto import tqdm
 
+    from ..routing.session import manifest
+
     found: list[Pair] = []
+    said: dict[str, Any] = {}
     bar = tqdm(
         total=len(asks) * len(seeds), desc="generation", unit="pair", disable=not progress,
         leave=False,
@@ -218,6 +225,7 @@ def pairs(
             runs = [(ask, start, seed) for ask, start in starts for seed in seeds]
             full = [start.go_on(max_tokens, seed, sampling) for _, start, seed in runs]
             put_action(lab, on_miss, swap_budget)
+            said = said or manifest(lab)
             limited = []
             for _, start, seed in runs:
                 limited.append(start.go_on(max_tokens, seed, sampling))
@@ -227,7 +235,7 @@ def pairs(
             for (ask, start, seed), a, b in zip(runs, full, limited, strict=True):
                 scores = (start.score(a), start.score(b)) if scored else ()
                 found.append(Pair(ask, seed, a, b, *scores))
-    return found
+    return found, said
 
 
 def chosen_action(
@@ -268,33 +276,27 @@ def checked_run(
 
 def run_settings(
     lab: Lab,
-    action: MissAction,
-    budget: int | None,
+    said: Mapping[str, Any],
     max_tokens: int,
     seeds: Sequence[int],
     sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns what must be known to make a comparison of generations again."""
-    from ..machine import backend, versions
+    """Returns what must be known to make a comparison of generations again.
 
+    Args:
+        lab: The model.
+        said: What `pairs` says of the constrained lab.
+        max_tokens: As given.
+        seeds: As given.
+        sampling: As given; what is not given is filled in.
+    """
     return {
-        "model": lab.name,
-        "fingerprint": lab.fingerprint,
-        "capacity": lab.capacity if len(set(lab.capacities)) == 1 else list(lab.capacities),
-        "policy": lab.policy,
-        "pins": {layer: sorted(experts) for layer, experts in lab.pins.items() if experts},
-        "on_miss": action.name,
-        "action": dict(action.settings),
-        "swap_budget": budget,
-        "initial": "pins, then the profile's order if there is one, then the lowest ids"
-        if action.lossy
-        else "pins",
-        "prefix": "exact: the prompt but its last token",
+        **{name: value for name, value in said.items() if name not in ("generations", "problems")},
+        "reference": "the same, with every expert computed",
+        "prefix": "the prompt but its last token, run exactly",
         "max_tokens": max_tokens,
         "seeds": list(seeds),
         "sampling": _in_force(lab, sampling),
-        "versions": versions(),
-        "backend": backend(),
     }
 
 

@@ -162,7 +162,7 @@ def run_tasks(
         Ask(task.name, task.domain, tuple(to_tokens(lab.tokenizer, task.prompt, template)))
         for task in listed
     ]
-    found = pairs(
+    found, said = pairs(
         lab, asks, action, swap_budget=budget, max_tokens=max_tokens, seeds=seeds,
         sampling=asked, scored=False, progress=progress,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def run_tasks(
             "answer_constrained": [pair.constrained.text for _, pair in done],
         }
     )
-    settings = run_settings(lab, action, budget, max_tokens, seeds, asked)
+    settings = run_settings(lab, said, max_tokens, seeds, asked)
     return TaskResult(frame, _summary(frame), {**settings, "template": template})
 
 
