@@ -24,6 +24,7 @@ from moelab.experts.forced import Forcing
 from moelab.experts.misses import Reroute
 from moelab.quality.judge import run_prefix
 from moelab.quality.window import windows_of
+from moelab.study import price_model
 from moelab.study.price_model import FLOOR, fit_prices, quantile_fit
 from moelab.study.price_results import JOINT_COLUMNS, PRICE_COLUMNS, Prices
 from moelab.study.prices import _Runs, margins_of, plan, price_misses
@@ -35,7 +36,13 @@ LINE = "The quick brown fox, number {}, jumps over a dog that is {} times as laz
 TEXTS = [
     {"text": LINE.format(i, 7 * i), "domain": "ab"[i % 2], "id": f"text-{i}"} for i in range(4)
 ]
-OPTIONS: dict[str, Any] = {"prefix": PREFIX, "tokens": TOKENS, "misses": 4, "positions": 2}
+OPTIONS: dict[str, Any] = {
+    "prefix": PREFIX,
+    "tokens": TOKENS,
+    "misses": 4,
+    "positions": 2,
+    "joint": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +248,7 @@ def test_bad_input(path: Path) -> None:
             ({"tokens": 500}, "too short"),
             ({"on_miss": "load"}, "exact"),
             ({"on_miss": ()}, "names no action"),
+            ({"joint": True}, "joint"),
         ):
             with pytest.raises(StudyError, match=told):
                 price_misses(lab, TEXTS, **{**OPTIONS, **options})
@@ -301,7 +309,10 @@ def test_summary_and_additivity() -> None:
 
 
 @pytest.mark.parametrize("quantile", [None, 0.5])
-def test_the_model_finds_what_made_the_prices(quantile: float | None) -> None:
+def test_the_model_finds_what_made_the_prices(
+    quantile: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(price_model, "QUANTILE_DRAWS", 60)
     train, test = made(0), made(1)
     model = fit_prices(train, action="drop", test=test, quantile=quantile)
     assert model.added == ["ln weight", "depth"]

@@ -66,7 +66,7 @@ def price_misses(
     tokens: int = 48,
     misses: int = 24,
     positions: int = 4,
-    joint: bool = True,
+    joint: int = 1,
     seed: int = 0,
 ) -> Prices:
     """Forces single misses in an otherwise exact run and says what each one costs.
@@ -83,8 +83,8 @@ def price_misses(
         misses: Forced misses a text and action, spread evenly over layers and the router's ranks.
         positions: Tokens of a text in which they are forced, one in each of so many equal parts
             of the judged tokens' first half: each has at least half of the window after it.
-        joint: Also force misses together, for additivity: in pairs and all at once at each token,
-            and at two neighbouring tokens.
+        joint: At so many of those tokens misses are also forced together, for additivity: those
+            sampled there in pairs and all at once, and one there with one at the next token.
         seed: Of the sampling.
 
     Returns:
@@ -100,6 +100,8 @@ def price_misses(
 
     from .price_results import Prices
 
+    if isinstance(joint, bool) or not isinstance(joint, int) or joint < 0:
+        raise StudyError(f"joint is a number of tokens, an int from 0 on, got {joint!r}.")
     named = [on_miss] if isinstance(on_miss, str | MissAction) else list(on_miss)
     if not named:
         raise StudyError(f"on_miss names no action. Price one of {', '.join(ACTIONS)}.")
@@ -224,16 +226,17 @@ class _Runs:
         self._joint: list[dict[str, Any]] = []
 
     def window(
-        self, window: Window, cells: Sequence[Cell], *, joint: bool, random: np.random.Generator
+        self, window: Window, cells: Sequence[Cell], *, joint: int, random: np.random.Generator
     ) -> None:
         """Prices a window's misses, token by token as the exact run goes on."""
         cache = run_prefix(self.lab.model, window)
         by_token: dict[int, list[Cell]] = {}
         for cell in cells:
             by_token.setdefault(cell[0], []).append(cell)
+        together = set(random.permutation(list(by_token))[:joint].tolist())
         for at, token in enumerate(window.fed):
             if at in by_token:
-                self._token(window, at, by_token[at], cache, joint=joint, random=random)
+                self._token(window, at, by_token[at], cache, joint=at in together, random=random)
                 if at == max(by_token):
                     return
             one_pass(self.lab.model, [token], cache)
