@@ -312,6 +312,17 @@ def kl(a: np.ndarray, b: np.ndarray) -> float:
     return float((p * np.log(p / q)).sum())
 
 
+def test_blocks_of_prompts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelab.study import comparators as module
+
+    with moelab.load(stock.folder("olmoe"), 4) as lab:
+        asked: dict[str, Any] = {"bits": (2, 3), "prefix": 8, "tokens": 3, "progress": False}
+        once = comparators(lab, TEXTS, **asked)
+        monkeypatch.setattr(module, "blocks", lambda windows: [(w,) for w in windows])
+        pd.testing.assert_frame_equal(comparators(lab, TEXTS, **asked), once)
+    assert once["prompt"].tolist() == ["a", "b"] * 2
+
+
 @pytest.mark.parametrize("worth", ["counts", "mass"])
 def test_the_most_used_stay(worth: Any) -> None:
     with moelab.load(stock.folder("olmoe"), 4) as lab:

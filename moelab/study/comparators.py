@@ -26,6 +26,7 @@ from ..quality.divergence import CONSTRAINED, check_finite, diverge
 from ..quality.judge import Reference, exactly, one_pass, quantised, run_prefix
 from ..quality.window import documents_of, few_of_each, windows_of
 from .bytes import cache_bytes, facts_of
+from .local import blocks
 from .rows import COLUMNS, checked_rows, window_key
 from .runner import measured
 from .sweep import GIVEN, SPLITS
@@ -103,30 +104,36 @@ def comparators(
     windows = _windows(lab, prompts, split, prefix, tokens)
     split = split or ("selection" if prompts is None else GIVEN)
     facts = facts_of(lab)
-    references = [
-        Reference(lab, window)
-        for window in tqdm(windows, "full model", unit="prompt", disable=not progress, leave=False)
-    ]
-    rows = []
-    bar = tqdm(total=len(wanted) * len(windows), unit="prompt", disable=not progress, leave=False)
+    routed = sum(layer.top_k for layer in facts.layers)
+    rows: list[list[dict[str, Any]]] = [[] for _ in wanted]
+    bar = tqdm(
+        total=(len(wanted) + 1) * len(windows), unit="prompt", disable=not progress, leave=False
+    )
     with bar:
-        for named, opened in wanted:
-            with opened(lab) as whole:
-                bar.set_description(f"{whole.kind} C={min(whole.experts)}")
-                for window, reference in zip(windows, references, strict=True):
-                    quality, cache = _judged(lab, window, reference, exact_prefix, kv_bits)
-                    routed = window.judged * sum(layer.top_k for layer in facts.layers)
-                    rows.append({
-                        **_columns(whole, named, exact_prefix, kv_bits),
-                        "domain": window.domain, "prompt": window.document,
-                        "tokens": window.judged, "prefix": window.prefix,
-                        "bytes": whole.expert_bytes + whole.trunk_bytes + cache,
-                        "bytes_cache": cache, "routed": routed, "hits": routed, **quality,
-                        "split": split, "fingerprint": facts.fingerprint,
-                        "window": window_key(window),
-                    })  # fmt: skip
-                    bar.update()
-    return checked_rows(pd.DataFrame(rows)[list(COLUMNS)], "The comparators' frame")
+        # A block at a time: each prompt's exact run and its cache are held until it was judged.
+        for block in blocks(windows):
+            references = []
+            bar.set_description("full model")
+            for window in block:
+                references.append(Reference(lab, window))
+                bar.update()
+            for (named, opened), mine in zip(wanted, rows, strict=True):
+                with opened(lab) as whole:
+                    bar.set_description(f"{whole.kind} C={min(whole.experts)}")
+                    for window, reference in zip(block, references, strict=True):
+                        quality, cache = _judged(lab, window, reference, exact_prefix, kv_bits)
+                        mine.append({
+                            **_columns(whole, named, exact_prefix, kv_bits),
+                            "domain": window.domain, "prompt": window.document,
+                            "tokens": window.judged, "prefix": window.prefix,
+                            "bytes": whole.expert_bytes + whole.trunk_bytes + cache,
+                            "bytes_cache": cache, "routed": routed * window.judged,
+                            "hits": routed * window.judged, **quality, "split": split,
+                            "fingerprint": facts.fingerprint, "window": window_key(window),
+                        })  # fmt: skip
+                        bar.update()
+    frame = pd.DataFrame([row for mine in rows for row in mine])
+    return checked_rows(frame[list(COLUMNS)], "The comparators' frame")
 
 
 def kept_experts(profile: Profile, slots: Mapping[int, int], worth: Worth) -> dict[int, list[int]]:
