@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import moelab
 from moelab.errors import SchemaError, StudyError
 from moelab.study import runner as running
 from moelab.study.rows import COLUMNS, checked_rows, read_part
@@ -188,7 +189,6 @@ def test_more_may_be_asked_of_the_same_folder(
         ({"tokens": 4}, "tokens is 3 there and 4 here"),
         ({"swap_budget": 1}, "swap_budget is None there and 1 here"),
         ({"split": "test"}, "split is 'given' there and 'test' here"),
-        ({"dtype": "float32"}, "load_options is"),
     ],
 )
 def test_other_settings_are_refused(
@@ -202,6 +202,19 @@ def test_other_settings_are_refused(
     with pytest.raises(StudyError, match=words):
         sweep(path, **{**one, **changed}, out=out)
     assert (parts(out), made) == (before, [])
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    """Of the same checkpoint, so that the fingerprint does not tell."""
+    path = stock.folder("olmoe", dtype="bfloat16")
+    one = {**SETTINGS, "capacity": 9, "on_miss": "load"}
+    sweep(path, **one, out=tmp_path / "out")
+    with pytest.raises(StudyError, match="weights is"):
+        sweep(path, **one, dtype="float32", out=tmp_path / "out")
+    with moelab.load(path, 9, dtype="float32") as lab, pytest.raises(StudyError, match="weights"):
+        sweep(lab, **one, out=tmp_path / "out")
+    with moelab.load(path, 16, pack=False) as lab:  # the same weights, read in another way
+        assert len(sweep(lab, **one, out=tmp_path / "out").frame) == 3
 
 
 def test_another_model_is_refused(path: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..machine import backend, versions
 from ..quality.window import Document, Window, few_of_each, windows_of
+from .asked import Asked
 from .bytes import ModelFacts
 from .local import REPLAY_COST, Todo
-from .points import Asked, points_of
+from .points import points_of
 from .rows import KEY, Folder, joined, prompts_digest, window_key
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Collected:
             "tokens": job.tokens,
             "split": job.split,
             "swap_budget": job.wanted.swap_budget,
-            "load_options": {name: str(value) for name, value in sorted(job.options.items())},
+            # Which an option of `load`, such as dtype, may change, where the fingerprint does not.
+            "weights": facts.trunk + facts.slots_bytes([layer.experts for layer in facts.layers]),
         }
         about = {
             "model": facts.name,

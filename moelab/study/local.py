@@ -17,8 +17,9 @@ from ..errors import StudyError
 from ..experts.capacity import fixed_capacities
 from ..experts.misses import LowBit
 from ..quality.window import Window
+from .asked import Asked
 from .bytes import ModelFacts, facts_of
-from .points import Asked, Point
+from .points import Point
 from .rows import window_key
 from .runner import Runner, govern, left_as_found
 

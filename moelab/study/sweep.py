@@ -10,10 +10,10 @@ from ..display import facts_html, facts_text, size
 from ..errors import StudyError
 from ..prompt_texts import Prompts
 from ..quality.window import documents_of
+from .asked import asked
 from .bytes import CURVE, at_equal_bytes
 from .collect import Collected, Job, exact_runs, row_cost
 from .local import Bar, blocks, measured_facts, opened, run_block, widest
-from .points import asked
 from .rows import joined, parts_in, read_manifest, read_part
 from .runner import Runner
 
