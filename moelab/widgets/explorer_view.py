@@ -213,12 +213,18 @@ class Explorer(ipw.VBox):
         self._plain = ipw.ButtonStyle(button_color="#ffffff", text_color=render.MUTED, **font)
         base = {"width": "auto", "height": "22px", "padding": "0", "margin": "1px 0",
                 "min_width": "0"}  # fmt: skip
-        line = f"3px solid {render.CHOSEN}"
+        frame, line = f"2px solid {render.CHOSEN}", f"3px solid {render.CHOSEN}"
         self._layouts = {
             (False, False): ipw.Layout(**base),
             (False, True): ipw.Layout(**base, border_bottom=line),
-            (True, False): ipw.Layout(**base, border=f"2px solid {render.CHOSEN}"),
-            (True, True): ipw.Layout(**base, border=line),
+            (True, False): ipw.Layout(**{**base, "height": "26px"}, border=frame),
+            (True, True): ipw.Layout(
+                **{**base, "height": "27px"},
+                border_top=frame,
+                border_left=frame,
+                border_right=frame,
+                border_bottom=line,
+            ),
         }
         self._end = ipw.Box(layout=ipw.Layout(width="100%", height="0"))
         self.buttons = []
