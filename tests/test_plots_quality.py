@@ -77,6 +77,15 @@ def test_zero_stands_at_a_floor_that_is_labelled_zero(sweep: pd.DataFrame) -> No
     assert [text for at, text in texts.items() if np.isclose(at, floor)] == ["0"]
 
 
+def test_charts_of_tokens_have_a_noise_floor_or_say_that_there_is_none() -> None:
+    tokens, arms = plot_frames.judged(), plot_frames.arms()
+    for draw, frame in ((plots.kl_by_position, tokens), (plots.kl_quantiles, tokens),
+                        (plots.arms, arms)):  # fmt: skip
+        assert "noise floor: not measured" in legend(draw(frame))
+        for value, told in ((0.0, "exact runs are equal"), (1e-4, "10⁻⁴")):
+            assert any(told in text for text in legend(draw(frame, noise_floor=value)))
+
+
 @pytest.mark.parametrize("metric", ["kl_mean", "same_top1", "ln_ppl_ratio", "ppl", "nll"])
 def test_every_metric_has_the_noise_floor(sweep: pd.DataFrame, metric: str) -> None:
     ax = plots.frontier(sweep, metric)
@@ -191,6 +200,50 @@ def test_arms_are_means_by_domain_and_for_all() -> None:
     np.testing.assert_allclose(x, expected)
     assert list(np.round(y)) == list(range(7))
     assert [t.get_text() for t in ax.get_yticklabels()][-1] == "all"
+
+
+def test_means_by_arm_are_drawn_as_they_are() -> None:
+    rows = [("drop", "constrained", 0.3), ("drop", "own", 0.1), ("low_bit", "constrained", 0.02)]
+    frame = pd.DataFrame(rows, columns=["action", "arm", "mean"])
+    frame = frame.assign(low=frame["mean"] * 0.9, high=frame["mean"] * 1.2)
+    ax = plots.arms(frame)
+    assert list(curve(ax, "constrained, as it runs")[0]) == [0.3, 0.02]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["drop", "low_bit"]
+    with pytest.raises(StudyError, match="several rows"):
+        plots.arms(pd.concat([frame, frame]))
+
+
+def test_shares_by_action_are_of_one_domain() -> None:
+    every = plot_frames.shares()
+    one = every[every["domain"] == "all"]
+    both = pd.concat([one.assign(action="drop"), one.assign(action="low_bit")])
+    labels = plots.damage_shares(both).get_yticklabels()
+    assert [t.get_text() for t in labels] == ["drop", "low_bit"]
+    with pytest.raises(StudyError, match="several rows"):
+        plots.damage_shares(pd.concat([every.assign(action="drop"), every.assign(action="x")]))
+
+
+def test_a_cliff_has_its_break_and_its_verdict() -> None:
+    found = plot_frames.cliff()
+    ax = plots.cliff(found, title="drop", noise_floor=0.0, note="lab")
+    assert any("exact runs are equal" in text for text in legend(ax))
+    assert ax.get_title(loc="left") == "drop: cliff at 30 (27 to 33)"
+    np.testing.assert_allclose(curve(ax, "mean of 24 documents")[1], found.curve["mean"])
+    np.testing.assert_allclose(curve(ax, "best smooth curve")[1], found.curve["smooth"])
+    assert set(curve(ax, "break at 30")[0]) == {30}
+    assert any("90% interval" in text for text in legend(ax))
+    ax = plots.cliff(plot_frames.cliff(broken=False))
+    assert ax.get_title(loc="left") == "No cliff"
+    assert not any("break at" in text or "interval" in text for text in legend(ax))
+
+
+def test_a_cliff_without_fits_is_a_curve() -> None:
+    found = plot_frames.cliff(broken=False)
+    found.curve[["smooth", "broken"]] = np.nan
+    assert legend(plots.cliff(found)) == ["mean of 24 documents", "noise floor: not measured"]
+    found.curve = found.curve.iloc[:0]
+    with pytest.raises(SchemaError, match="no rows"):
+        plots.cliff(found)
 
 
 def test_shares_of_no_damage_are_left_out() -> None:

@@ -165,6 +165,13 @@ def test_pins_show_hit_points_with_their_signs() -> None:
         plots.pin_transfer(pd.concat([frame, frame]))
 
 
+def test_pins_say_how_many_at_which_capacity() -> None:
+    frame = frames.pin_transfer().assign(top=8, capacity=24)
+    assert "8 pins a layer gain at capacity 24" in plots.pin_transfer(frame).get_title(loc="left")
+    mixed = frame.assign(capacity=np.arange(len(frame)))
+    assert "capacity" not in plots.pin_transfer(mixed).get_title(loc="left")
+
+
 def test_prices_are_points_and_medians_of_groups() -> None:
     frame = frames.prices(count=200)
     frame.loc[0, "weight"] = np.nan
@@ -181,6 +188,17 @@ def test_prices_are_points_and_medians_of_groups() -> None:
     parts = np.array_split(ordered[["weight", "price"]].to_numpy(), 5)
     np.testing.assert_allclose(x, [np.median(p[:, 0]) for p in parts])
     np.testing.assert_allclose(y, [np.median(np.clip(p[:, 1], floor, None)) for p in parts])
+
+    class Model:
+        action = "drop"
+
+        def predict(self, rows: pd.DataFrame) -> np.ndarray:
+            assert set(rows["action"]) == {"drop"}
+            return np.log(0.2 * rows["weight"].to_numpy())
+
+    x, y = curve(plots.price_by_weight(frame, Model(), bins=5), "the fit's")
+    np.testing.assert_allclose(x, [np.median(p[:, 0]) for p in parts])
+    np.testing.assert_allclose(y, [0.2 * np.median(p[:, 0]) for p in parts])
     with pytest.raises(StudyError, match="weight above 0"):
         plots.price_by_weight(frame.assign(weight=np.nan))
 
@@ -231,10 +249,15 @@ def test_balance_is_drawn_with_its_chance(metric: str) -> None:
 def test_agreement_and_its_chance() -> None:
     frame = frames.agreement()
     ax = plots.agreement(frame)
-    np.testing.assert_allclose(np.asarray(ax.get_lines()[0].get_ydata()), frame["overlap"])
+    np.testing.assert_allclose(np.asarray(ax.get_lines()[0].get_ydata()), frame["agreement"])
     assert curve(ax, "chance")[1] == pytest.approx(6 / 64)
+    metrics = plots.agreement(frame.drop(columns="agreement"))
+    np.testing.assert_allclose(np.asarray(metrics.get_lines()[0].get_ydata()), frame["overlap"])
+    both = pd.concat([frame.assign(action="drop"), frame.assign(action="low_bit", agreement=0.9)])
+    assert curve(plots.agreement(both), "low_bit")[1] == pytest.approx(0.9)
     labels = [li.get_label() for li in plots.agreement(frame, "same_first").get_lines()]
     assert "chance" not in labels, "it is chance of the overlap"
+    assert not plots.agreement(frame, "same_first").collections, "nor are the intervals its own"
     with pytest.raises(StudyError, match="overlap"):
         plots.agreement(frame, "rank")
 

@@ -36,7 +36,7 @@ def kl_by_position(
     *,
     by: str | None = None,
     bins: int = 16,
-    noise_floor: float | None = 0.0,
+    noise_floor: float | None = None,
     ax: Axes | None = None,
     note: str | None = None,
 ) -> Axes:
@@ -46,7 +46,8 @@ def kl_by_position(
         tokens: A comparison's `tokens`, one row a judged token: `document`, `position`, `kl`.
         by: Column that tells curves apart, such as `"on_miss"` or `"domain"`; None draws one.
         bins: Stretches of about as many tokens each, over which the mean is taken.
-        noise_floor: What two exact runs differ by, nats a token; None if it was not measured.
+        noise_floor: What two exact runs differ by, nats a token; None says that it was not
+            measured.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
 
@@ -91,7 +92,7 @@ def kl_quantiles(
     tokens: pd.DataFrame,
     *,
     by: str | None = None,
-    noise_floor: float | None = 0.0,
+    noise_floor: float | None = None,
     ax: Axes | None = None,
     note: str | None = None,
 ) -> Axes:
@@ -100,7 +101,8 @@ def kl_quantiles(
     Args:
         tokens: A comparison's `tokens`: `kl`.
         by: Column that tells curves apart, such as `"on_miss"` or `"domain"`; None draws one.
-        noise_floor: What two exact runs differ by, nats a token; None if it was not measured.
+        noise_floor: What two exact runs differ by, nats a token; None says that it was not
+            measured.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
 
@@ -174,30 +176,40 @@ SHARES = {
 def arms(
     frame: pd.DataFrame,
     *,
-    noise_floor: float | None = 0.0,
+    noise_floor: float | None = None,
     ax: Axes | None = None,
     note: str | None = None,
 ) -> Axes:
     """Draws KL of the constrained run and of the arms that are without part of its damage.
 
     Args:
-        frame: A comparison's `arms`: `document`, `domain`, `arm`, `kl`, a row a judged token.
-        noise_floor: What two exact runs differ by, nats a token; None if it was not measured.
+        frame: A comparison's `arms` (`document`, `domain`, `arm`, `kl`: a row a judged token), of
+            which each domain and all together are drawn; or what `mean_by_arm` gives (`arm`,
+            `mean`, `low`, `high`), where `action` or `domain` may tell several groups apart.
+        noise_floor: What two exact runs differ by, nats a token; None says that it was not
+            measured.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
 
     Returns:
-        The Axes: domains down and all of them last, KL across, an arm a mark with its 95%
-        interval over documents. How far left of the first mark another one lies is the damage
-        that does not come from the misses themselves, or not from the token's own.
+        The Axes: groups down, KL across, an arm a mark with its 95% interval over documents. How
+        far left of the first mark another one lies is the damage that does not come from the
+        misses themselves, or not from the token's own.
 
     Raises:
         SchemaError: If the frame lacks a column or has no rows.
+        StudyError: If an arm stands in it twice.
     """
-    require(frame, ["document", "domain", "arm"], numbers=["kl"], called="the frame of arms")
-    points = clustered(frame, "kl", ["domain", "arm"], limits=(0.0, np.inf))
-    every = clustered(frame, "kl", ["arm"], limits=(0.0, np.inf)).assign(domain="all")
-    rows = _with_all(points, every)
+    if "mean" in getattr(frame, "columns", ()):
+        require(frame, ["arm"], numbers=["mean"], gaps=["low", "high"], called="the frame of arms")
+        rows = frame.assign(_group=_groups(frame))
+    else:
+        called = "the frame of arms"
+        require(frame, ["document", "domain", "arm"], numbers=["kl"], called=called)
+        rows = _with_all(
+            clustered(frame, "kl", ["domain", "arm"], limits=(0.0, np.inf)),
+            clustered(frame, "kl", ["arm"], limits=(0.0, np.inf)),
+        )
     floor = floor_below(np.append(rows["mean"].to_numpy(), noise_floor or 0.0))
     with styled():
         ax = _dots(ax, rows, "arm", ARMS, floor)
@@ -223,18 +235,19 @@ def damage_shares(frame: pd.DataFrame, *, ax: Axes | None = None, note: str | No
     The two are two cuts through the same damage, so they are not stacked.
 
     Args:
-        frame: As `moelab.quality.arms.shares` gives it: `domain`, `share`, `mean`, `low`, `high`.
-            Rows without damage (NaN) are left out.
+        frame: As `moelab.quality.arms.shares` gives it: `domain`, `share`, `mean`, `low`, `high`;
+            with `action` where there are several, of one domain each. Rows without damage (NaN)
+            are left out.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
 
     Raises:
         SchemaError: If the frame lacks a column or has no rows.
-        StudyError: If no row has a share.
+        StudyError: If no row has a share, or one stands in it twice.
     """
     require(frame, ["domain", "share"], gaps=["mean", "low", "high"], called="the frame of shares")
-    rows = frame[frame["mean"].notna()]
-    if rows.empty:
+    rows = frame.assign(_group=_groups(frame))
+    if rows["mean"].isna().all():
         raise StudyError("No row has a share: nothing was damaged.")
     with styled():
         ax = _dots(ax, rows, "share", SHARES, None)
@@ -247,13 +260,22 @@ def damage_shares(frame: pd.DataFrame, *, ax: Axes | None = None, note: str | No
     return finish(ax, frame, note)
 
 
+def _groups(frame: pd.DataFrame) -> list[str]:
+    """Names the group of each row: by the first column that tells several apart."""
+    for name in ("action", "on_miss", "domain"):
+        if name in frame and frame[name].nunique() > 1:
+            return [str(value) for value in frame[name]]
+    return ["all"] * len(frame)
+
+
 def _with_all(points: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
     """Puts the rows of all domains behind those of each, unless there is one domain alone."""
     import pandas as pd
 
+    points = points.assign(_group=points["domain"].astype(str))
     if points["domain"].nunique() == 1:
         return points
-    return pd.concat([points, every], ignore_index=True)
+    return pd.concat([points, every.assign(_group="all")], ignore_index=True)
 
 
 def _dots(
@@ -263,14 +285,19 @@ def _dots(
     names: dict[str, tuple[str, Look]],
     floor: float | None,
 ) -> Any:
-    """Draws a mark with its interval for each domain and value of a column."""
-    domains = list(dict.fromkeys(map(str, rows["domain"])))
+    """Draws a mark with its interval for each group and value of a column."""
+    if rows.duplicated(["_group", column]).any():
+        raise StudyError(
+            f"The frame has several rows of one {column} and group; choose one domain, capacity or "
+            "action first."
+        )
+    groups = list(dict.fromkeys(map(str, rows["_group"])))
     values = [v for v in names if (rows[column] == v).any()]
-    ax = axes(ax, 8, 0.42 * len(domains) + 1.6)
+    ax = axes(ax, 8, 0.42 * len(groups) + 1.6)
     for place, value in enumerate(values):
         told, look = names[value]
-        part = rows[rows[column] == value]
-        y = np.array([domains.index(str(d)) for d in part["domain"]], float)
+        part = rows[(rows[column] == value) & rows["mean"].notna()]
+        y = np.array([groups.index(str(d)) for d in part["_group"]], float)
         y += (place - (len(values) - 1) / 2) * 0.22
         mean, low, high = (
             part[c].clip(lower=floor).to_numpy(float) for c in ("mean", "low", "high")
@@ -280,10 +307,10 @@ def _dots(
             mean, y, color=look.colour, linestyle="none", marker=look.marker, markersize=6,
             label=told,
         )  # fmt: skip
-    ax.set_ylim(len(domains) - 0.5, -0.5)
-    ax.set_yticks(range(len(domains)), domains, color=INK)
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    ax.set_yticks(range(len(groups)), groups, color=INK)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-    if domains[-1] == "all" and len(domains) > 1:
-        ax.axhline(len(domains) - 1.5, color=MUTED, linewidth=0.8)
+    if len(groups) > 1 and groups[-1] == "all":
+        ax.axhline(len(groups) - 1.5, color=MUTED, linewidth=0.8)
     return ax

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StudyError
 from .checks import require
-from .style import MUTED, axes, beside, finish, looks, percent, styled
+from .style import ACTION_STYLES, MUTED, axes, beside, finish, looks, percent, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ LOCALITY = {
     "overlap": "a token's experts that the one before chose too",
 }
 AGREEMENT = {
+    "agreement": "experts shared with the full model",
     "overlap": "experts shared with the full model",
     "same_first": "tokens with the full model's first expert",
 }
@@ -75,7 +76,7 @@ def by_layer(
     )
     with styled():
         ax = axes(ax, 8 if by else 7, 3.6)
-        styles = looks(list(groups))
+        styles = looks(list(groups), ACTION_STYLES)
         for name, rows in groups.items():
             look, rows = styles[name], rows.sort_values("layer")
             x = rows["layer"].map(place)
@@ -157,7 +158,7 @@ def locality(
 
 def agreement(
     frame: pd.DataFrame,
-    metric: str = "overlap",
+    metric: str | None = None,
     *,
     ax: Axes | None = None,
     note: str | None = None,
@@ -165,17 +166,22 @@ def agreement(
     """Draws how far a constrained run routes as the full model does, by layer, with chance.
 
     Args:
-        frame: A comparison's `routing_agreement`, or `moelab.metrics`' saturation, of one phase:
-            `layer`, `overlap`, `chance`, `same_first`.
-        metric: `"overlap"` or `"same_first"`; chance is known of the first.
+        frame: A comparison's `routing_agreement` (`layer`, `agreement`, `low`, `high`, `chance`),
+            or `moelab.metrics`' saturation of one phase (`layer`, `overlap`, `chance`,
+            `same_first`); `action` or `domain` where there are several.
+        metric: `"agreement"`, `"overlap"` or `"same_first"`; None takes the first that is there.
+            Chance is known of the first two.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
     """
+    there = getattr(frame, "columns", ())
+    if metric is None:
+        metric = "overlap" if "overlap" in there and "agreement" not in there else "agreement"
     by = next(
-        (n for n in ("on_miss", "domain") if n in frame and frame[n].nunique() > 1), None
+        (n for n in ("action", "on_miss", "domain") if n in there and frame[n].nunique() > 1), None
     )  # fmt: skip
-    if metric != "overlap":
-        frame = frame.drop(columns="chance", errors="ignore")
+    if metric == "same_first" and len(there):
+        frame = frame.drop(columns=["chance", "low", "high"], errors="ignore")
     return by_layer(
         frame, _known(metric, AGREEMENT), label=AGREEMENT[metric], by=by, ax=ax, note=note,
         title="Routing agreement with the full model", share=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .checks import require
+from .scales import METRICS, draw_noise_floor
 from .style import ACTION_STYLES, INK, MUTED, axes, finish, looks, styled
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def cost_by_capacity(
     *,
     experts: int,
     tolerances: Sequence[float] = (0.05, 0.2),
+    noise_floor: float | None = None,
     ax: Axes | None = None,
     note: str | None = None,
 ) -> Axes:
@@ -37,6 +39,8 @@ def cost_by_capacity(
             with its interval; as `quality.clustered.clustered_mean` gives them.
         experts: Experts a layer that the model has.
         tolerances: Shares by which perplexity may rise; drawn as lines.
+        noise_floor: What two exact runs differ by, nats a token; None says that it was not
+            measured.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
     """
@@ -53,6 +57,7 @@ def cost_by_capacity(
                 va="center", color=MUTED, fontsize=8,
             )  # fmt: skip
         ax.axhline(1, color=INK, linewidth=0.9)
+        at = None if noise_floor is None else float(np.exp(noise_floor))
         for action, rows in summary.groupby("action", observed=True, sort=False):
             colour, line, marker = styles[str(action)]
             ordered = rows.sort_values("capacity")
@@ -76,6 +81,7 @@ def cost_by_capacity(
         ax.invert_xaxis()
         ax.set_xlabel(f"experts a layer in memory, of {experts}")
         ax.set_ylabel("perplexity ÷ the exact run's")
+        draw_noise_floor(ax, METRICS["ln_ppl_ratio"], noise_floor, at)
         ax.set_title("Perplexity by what happens on a miss")
         ax.legend(loc="upper left", title="on a miss", alignment="left")
     return finish(ax, summary, note)

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import StudyError
 from ..quality.intervals import clustered
 from .checks import require
+from .cliff import cliff
 from .damage import arms, damage_shares, kl_by_position, kl_quantiles
 from .layers import agreement
 from .scales import (
@@ -33,6 +34,7 @@ __all__ = [
     "arms",
     "capacity",
     "capacity_within",
+    "cliff",
     "damage_shares",
     "frontier",
     "kl_by_position",

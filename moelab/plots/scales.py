@@ -78,7 +78,9 @@ def log_axis(ax: Axes, values: Any, floor: float, which: str = "y") -> None:
     ax.set(**{f"{which}scale": "log", f"{which}lim": (floor / 1.8, top * 2)})
     first, last = int(np.round(np.log10(floor))), int(np.floor(np.log10(top * 2)))
     every = max((last - first) // 6, 1)
-    ticks = [floor, *(10.0**n for n in range(first + 1, last + 1, every))]
+    steps = (1, 3) if last - first < 4 else (1,)
+    ticks = [floor, *(s * 10.0**n for n in range(first, last + 1, every) for s in steps)]
+    ticks = [tick for tick in dict.fromkeys(ticks) if tick == floor or 2 * floor < tick < 2 * top]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(

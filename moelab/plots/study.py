@@ -110,11 +110,21 @@ def pin_transfer(
         ax.spines[:].set_visible(False)
         ax.set_xlabel("judged on" + ("   (in brackets: the interval holds 0)" if bands else ""))
         ax.set_ylabel("pins learned on")
-        ax.set_title("What pins gain in hits, against no pins")
+        ax.set_title(f"What {_setting(frame)} in hits, against no pins")
         bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
         bar.set_label("hit points", color=INK)
         bar.outline.set_visible(False)
     return finish(ax, frame, note)
+
+
+def _setting(frame: pd.DataFrame) -> str:
+    """Says how many pins at which capacity, where the frame knows and there is one of each."""
+    top, capacity = (
+        frame[name].iloc[0] if name in frame and frame[name].nunique() == 1 else None
+        for name in ("top", "capacity")
+    )
+    told = "pins gain" if top is None else f"{top:g} pins a layer gain"
+    return told if capacity is None else f"{told} at capacity {capacity:g}"
 
 
 def price_by_weight(
@@ -131,7 +141,8 @@ def price_by_weight(
         frame: `Prices.frame`, a row a forced miss: `weight` (gate weight; rows without one are
             left out), `price` (KL summed to the window's end, nats), `action` where there are
             several.
-        model: The fit to draw: a function from gate weights to prices; None draws none.
+        model: The fit to draw: a `PriceModel`, of whose predictions the medians of the same groups
+            are drawn, or a function from gate weights to prices; None draws none.
         bins: Groups of as many misses each, of which the median is drawn.
         ax: Where to draw; None makes new Axes.
         note: Text under the chart; see `plots.style.finish`.
@@ -162,16 +173,18 @@ def price_by_weight(
                 part["weight"], price, s=9, color=look.colour, alpha=faint,
                 linewidths=0, marker=look.marker, rasterized=len(part) > 5000,
             )  # fmt: skip
-            order = np.argsort(part["weight"].to_numpy(), kind="stable")
-            groups = np.array_split(order, min(bins, len(part)))
-            x = [float(np.median(part["weight"].to_numpy()[g])) for g in groups]
-            y = [float(np.median(price.to_numpy()[g])) for g in groups]
+            x, y = _medians(part["weight"].to_numpy(), price.to_numpy(), bins)
             ax.plot(
                 x, y, color=look.colour, linestyle=look.line, marker=look.marker, markersize=6.5,
                 markeredgecolor="white", linewidth=1.8,
                 label=f"{name}: medians of {len(x)} groups",
             )  # fmt: skip
-        if model is not None:
+        if hasattr(model, "predict"):
+            mine = rows[rows["action"] == model.action] if "action" in rows else rows
+            told = np.exp(np.asarray(model.predict(mine), float))
+            x, y = _medians(mine["weight"].to_numpy(), np.clip(told, floor, None), bins)
+            ax.plot(x, y, color=INK, linewidth=1.6, linestyle=(0, (4, 2)), label="the fit's")
+        elif model is not None:
             span = np.geomspace(rows["weight"].min(), rows["weight"].max(), 60)
             fit = np.clip(np.asarray(model(span), float), floor, None)
             ax.plot(span, fit, color=INK, linewidth=1.6, linestyle=(0, (4, 2)), label="fit")
@@ -183,6 +196,13 @@ def price_by_weight(
         ax.set_title("Price of a single miss by gate weight")
         beside(ax)
     return finish(ax, frame, note)
+
+
+def _medians(x: Any, y: Any, bins: int) -> tuple[list[float], list[float]]:
+    """Returns the medians of groups of as many points each, by rising x."""
+    order = np.argsort(x, kind="stable")
+    groups = np.array_split(order, min(bins, len(order)))
+    return [float(np.median(x[g])) for g in groups], [float(np.median(y[g])) for g in groups]
 
 
 def policies(

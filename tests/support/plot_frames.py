@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 
@@ -211,6 +213,23 @@ def agreement() -> pd.DataFrame:
     return pd.DataFrame(
         {
             "layer": layers, "overlap": 0.98 - 0.045 * layers, "same_first": 0.99 - 0.06 * layers,
-            "chance": 6 / EXPERTS,
+            "agreement": 0.97 - 0.045 * layers, "low": 0.95 - 0.045 * layers,
+            "high": 0.99 - 0.045 * layers, "chance": 6 / EXPERTS,
         }
+    )  # fmt: skip
+
+
+def cliff(broken: bool = True) -> SimpleNamespace:
+    """What a cliff study found: with a break at 30, or without any."""
+    x = np.arange(12, 61, 6).astype(float)
+    smooth = 1.2 * np.exp(-(x - 12) / 16)
+    with_break = np.where(x < 30, 0.5 + 0.05 * (30 - x), 0.5 * np.exp(-(x - 30) / 10))
+    curve = pd.DataFrame(
+        {"capacity": x, "mean": with_break if broken else smooth, "smooth": smooth,
+         "broken": with_break}
+    )  # fmt: skip
+    return SimpleNamespace(
+        curve=curve, x="capacity", y="ln_ppl_ratio", breaks=[30.0] if broken else [],
+        interval=(27.0, 33.0) if broken else (np.nan, np.nan), level=0.9, documents=24,
+        verdict="cliff" if broken else "no cliff",
     )  # fmt: skip
