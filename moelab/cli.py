@@ -114,6 +114,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.set_defaults(command=_pack)
 
+    one = commands.add_parser("study", help="what capacity costs in quality, and why: all of it")
+    _model(one)
+    one.add_argument("--out", default="moelab-study", help="folder for the findings (%(default)s)")
+    one.add_argument(
+        "--scale", choices=("full", "signs", "tiny"), default="full",
+        help="full; signs: smaller, for more trainings of a model; tiny: to see that it runs",
+    )  # fmt: skip
+    one.add_argument("--only", default=None, help="parts, with commas between them")
+    one.add_argument("--again", action="store_true", help="also run parts that are finished")
+    one.set_defaults(command=_study)
+
+    one = commands.add_parser("lessons", help="which lessons hold in every training of a model")
+    one.add_argument("folders", nargs="+", help="folders of studies, the main training first")
+    one.add_argument("--out", default=None, help="folder for lessons.md and lessons.csv")
+    one.set_defaults(command=_lessons, model=None)
+
     one = commands.add_parser("bench", help="measure speed as a ratio to stock mlx-lm")
     kinds = one.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     two = kinds.add_parser("decode", help="decoding at several capacities, against stock")
@@ -148,6 +164,19 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--fills", type=int, default=32, help="slots filled a round (%(default)s)")
     _bench(two, "swap")
     two.set_defaults(command=_bench_swap)
+
+    two = kinds.add_parser("curves", help="time and memory of miss-ratio curves of a long trace")
+    two.add_argument("--tokens", type=int, default=100_000, help="decoded (%(default)s)")
+    two.add_argument("--layers", type=int, default=48, help="(default %(default)s)")
+    two.add_argument("--seed", type=int, default=0, help="of the trace (%(default)s)")
+    two.add_argument("--out", default=None, help="folder for bench-curves.json and .md")
+    two.set_defaults(command=_bench_curves, model=None)
+
+    two = kinds.add_parser("forecast", help="forecasts of seconds against live runs")
+    _model(two)
+    two.add_argument("--rounds", type=int, default=5, help="live runs a point (%(default)s)")
+    _bench(two, "forecast")
+    two.set_defaults(command=_bench_forecast)
     return parser
 
 
@@ -234,6 +263,35 @@ def _profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from .study.program.run import study
+
+    only = arguments.only
+    found = study(
+        arguments.model,
+        out=arguments.out,
+        scale=arguments.scale,
+        only=None if only is None else [n.strip() for n in only.split(",") if n.strip()],
+        again=arguments.again,
+    )
+    print(found)
+    return 0
+
+
+def _lessons(arguments: argparse.Namespace) -> int:
+    from .study.program.run import lessons_of, lessons_page
+
+    table = lessons_of(arguments.folders)
+    page = lessons_page(table)
+    print(page)
+    if arguments.out is not None:
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lessons.md").write_text(page, encoding="utf-8")
+        table.to_csv(folder / "lessons.csv", index=False, float_format="%.6g")
+    return 0
+
+
 def _families(arguments: argparse.Namespace) -> int:
     from .check.families.table import family_table
 
@@ -291,6 +349,20 @@ def _bench_swap(arguments: argparse.Namespace) -> int:
     result = bench_swap(
         arguments.model, rounds=arguments.rounds, fills=arguments.fills, seed=arguments.seed
     )
+    return _shown(result, arguments.out)
+
+
+def _bench_curves(arguments: argparse.Namespace) -> int:
+    from .bench.curves import bench_curves
+
+    result = bench_curves(tokens=arguments.tokens, layers=arguments.layers, seed=arguments.seed)
+    return _shown(result, arguments.out)
+
+
+def _bench_forecast(arguments: argparse.Namespace) -> int:
+    from .bench.forecast import bench_forecast
+
+    result = bench_forecast(arguments.model, rounds=arguments.rounds, seed=arguments.seed)
     return _shown(result, arguments.out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import pytest
 # Before mlx-lm is imported, which keeps a stream of the default device: the tests compare bit for
 # bit, which is promised for a CPU. `moelab check` measures Metal.
 mx.set_default_device(mx.cpu)
+
+
+# Notebooks run as tests with fewer texts: their kernels see this.
+os.environ.setdefault("MOELAB_FAST", "1")
 
 
 @pytest.fixture(scope="session")
