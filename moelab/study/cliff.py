@@ -13,10 +13,11 @@ half of the tested range or more, and all their sums. A cliff is claimed only if
 2. *The break predicts documents that were not looked at.* In a cross-validation over whole
    documents, the smooth curve with the break has the smaller squared error.
 
-Two breaks are said where a ramp predicts better than the best kink or step by more than its
-standard error. What is not seen: a cliff between the two lowest or two highest tested capacities
-(one point apart from the rest is no evidence), and a kink too blunt for the noise; then the verdict
-is "no cliff", which means that none was shown.
+Which break: a kink, unless a step predicts left-out documents better by more than twice the
+standard error, and one of them unless a ramp does. A ramp hardly wider than the distance of two
+tested capacities is a step. What is not seen: a cliff between the two lowest or the two highest
+tested capacities (one point apart from the rest is no evidence), and a kink too blunt for the
+noise; then the verdict is "no cliff", which means that none was shown.
 
 How the false alarms, the power and the interval's coverage were measured: `results/
 cliff-validation.md`.
@@ -34,7 +35,7 @@ from ..display import facts_html, facts_text
 from ..errors import StudyError
 from ..quality.intervals import freedom, influence, largest_t, resampled
 from .curve import Curve, curve_of
-from .shapes import Design, Ramp, best, design, gap_interval, predicted, slope_interval
+from .shapes import Design, Ramp, best, design, gap_interval, parts, predicted, slope_interval
 from .statements import Within, capacity_within
 
 if TYPE_CHECKING:
@@ -70,12 +71,14 @@ class Cliff:
     why: str
     """Which fit won by how much, or why nothing is claimed."""
     fits: pd.DataFrame
-    """A row a fit: `model` (straight, smooth, one break, two breaks), `kind` (of the break),
-    `low_break`, `high_break` (x; NaN if it has none), `error` (mean squared error of the mean
-    curve), `error_unseen` (the same in documents that were left out), `gain_unseen` (of the smooth
-    curve's error_unseen less its own), `gain_se`. Empty if nothing was fitted."""
+    """A row a fit: `model` (straight, smooth, kink, step, ramp: the last three are the smooth curve
+    with that break), `breaks` (how many), `low_break`, `high_break` (x; NaN if it has none),
+    `error` (mean squared error of the mean curve), `error_unseen` (the same in documents that were
+    left out), `gain_unseen` (the smooth curve's error_unseen less its own), `gain_se`. Empty if
+    nothing was fitted."""
     curve: pd.DataFrame
-    """A row an x: x, `mean`, `smooth`, `broken` (fitted values; NaN if there are none)."""
+    """A row an x: x, `mean` over tokens, `low`, `high` (95%, each point by itself), `smooth`,
+    `broken` (fitted values; NaN if there are none)."""
     x: str
     y: str
     documents: int
@@ -168,7 +171,17 @@ def cliff(
     given = {"frame": frame, "cluster": cluster, "strata": strata, "weights": weights}
     nan = np.full(points, np.nan)
     mean = curve.mean if documents else nan
-    table = pd.DataFrame({x: curve.x, "mean": mean, "smooth": nan, "broken": nan})
+    reach = _reach(curve, 0.95) if documents else nan
+    table = pd.DataFrame(
+        {
+            x: curve.x,
+            "mean": mean,
+            "low": mean - reach,
+            "high": mean + reach,
+            "smooth": nan,
+            "broken": nan,
+        }
+    )
 
     def nothing(why: str, p: float = float("nan"), fits: Any = None) -> Cliff:
         none = pd.DataFrame(columns=list(_FITS)) if fits is None else fits
@@ -201,7 +214,7 @@ def cliff(
     row = fits.set_index("model").loc[found.model]
     said = (
         f"Against all smooth curves: p = {found.p:.2g} (claimed under {FALSE_ALARMS:g}). In "
-        f"documents that were left out, the smooth curve with {found.model} changes the squared "
+        f"documents that were left out, the smooth curve with a {found.model} changes the squared "
         f"error of the smooth one by {-row['gain_unseen']:+.3g} (se {row['gain_se']:.2g}) from "
         f"{row['error_unseen'] + row['gain_unseen']:.3g}."
     )
@@ -251,16 +264,14 @@ def judged(
     p = _chance(plan, turned, resamples, seed)
     if hasty and not p < FALSE_ALARMS:
         return Judged("no cliff", p, [], none, "", None, nan, nan, None)
-    ramps = {
-        "one break": best(plan, turned.mean, ("kink", "step")),
-        "two breaks": best(plan, turned.mean, ("ramp",)),
-    }
+    ramps = {kind: best(plan, turned.mean, kind) for kind in BREAKS}
     fits, gains = _fits(plan, turned, ramps, seed)
-    model = "one break"
-    if ramps["two breaks"] is not None:
-        more = gains["two breaks"] - gains["one break"]
-        if ramps["one break"] is None or _above(more, curve.weights):
-            model = "two breaks"
+    model = "kink"
+    for other in ("step", "ramp"):
+        if ramps[other] is not None and (
+            ramps[model] is None or _above(gains[other] - gains[model], curve.weights)
+        ):
+            model = other
     ramp = ramps[model]
     smooth = sign * predicted(plan, turned.mean, None)
     if ramp is None:
@@ -276,9 +287,20 @@ def judged(
     return Judged("cliff", p, breaks, (low, high), model, ramp, smooth, broken, fits)
 
 
+BREAKS = {"kink": 1, "step": 1, "ramp": 2}
+"""Breaks of each kind; the first one is said where another does not predict better."""
 _FITS = (
-    "model", "kind", "low_break", "high_break", "error", "error_unseen", "gain_unseen", "gain_se",
+    "model", "breaks", "low_break", "high_break", "error", "error_unseen", "gain_unseen", "gain_se",
 )  # fmt: skip
+
+
+def _reach(curve: Curve, level: float) -> NDArray[np.float64]:
+    """Returns how far each point's interval reaches to both sides; NaN where nobody can say."""
+    from scipy import stats
+
+    data = curve.contrasts(np.eye(len(curve.x)))
+    se = np.sqrt((influence(data) ** 2).sum(0))
+    return np.asarray(stats.t.ppf((1 + level) / 2, freedom(data)) * se)
 
 
 def _chance(plan: Design, curve: Curve, resamples: int, seed: int) -> float:
@@ -314,7 +336,7 @@ def _fits(
     order = np.argsort(curve.strata + random.uniform(0, 0.5, documents))
     fold = np.empty(documents, np.int64)
     fold[order] = np.arange(documents) % min(_FOLDS, documents)
-    names = ("straight", "smooth", "one break", "two breaks")
+    names = ("straight", "smooth", *BREAKS)
     wrong = {name: np.full(documents, np.nan) for name in names}
     share = curve.weights / curve.weights.sum()
     for number in range(fold.max() + 1):
@@ -324,9 +346,8 @@ def _fits(
         for name in names:
             # The break is looked for anew, without the documents that it is to predict.
             ramp = ramps.get(name)
-            if name in ramps and ramp is not None:
-                kinds = ("ramp",) if name == "two breaks" else ("kink", "step")
-                ramp = best(plan, mean, kinds)
+            if ramp is not None:
+                ramp = best(plan, mean, name)
             fit = _fit(plan, mean, name, ramp)
             wrong[name][out] = ((curve.values[out] - fit) ** 2).mean(1)
     gains, rows = {}, []
@@ -341,7 +362,7 @@ def _fits(
         rows.append(
             {
                 "model": name,
-                "kind": ramp.kind if ramp else "",
+                "breaks": BREAKS.get(name, 0),
                 "low_break": first + width * ramp.low if ramp and ramp.kind != "kink" else np.nan,
                 "high_break": first + width * ramp.high if ramp else np.nan,
                 "error": float(((mean - fit) ** 2).mean()) if there else np.nan,
@@ -369,7 +390,7 @@ def _se(values: NDArray[np.float64], share: NDArray[np.float64]) -> float:
 
 def _above(gain: NDArray[np.float64], weights: NDArray[np.float64]) -> bool:
     share = weights / weights.sum()
-    return bool(share @ gain > _se(gain, share))
+    return bool(share @ gain > 2 * _se(gain, share))
 
 
 def _located(
@@ -381,15 +402,17 @@ def _located(
     if ramp.kind == "step":
         w = resampled(curve.strata, resamples=resamples, seed=seed) * curve.weights
         means = w @ curve.values / w.sum(1, keepdims=True)
-        return [(ramp.low + ramp.high) / 2], gap_interval(plan, means, level)
+        smooth, _ = parts(plan, mean, ramp)
+        return [(ramp.low + ramp.high) / 2], gap_interval(plan, means - smooth, level)
     df = freedom(curve.contrasts(plan.contrasts[:1]))[0]
-    edge = stats.t.ppf((1 + level) / 2, df)
+    # What stands beside the break is tested as well; it must not cost the interval its level.
+    edges = stats.t.ppf([(1 + level) / 2, 1 - (1 - level) / 4], df)
     least = 1e-9 * float(np.abs(curve.values).max())
 
-    def same(contrasts: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def same(contrasts: NDArray[np.float64], lenient: bool) -> NDArray[np.bool_]:
         data = curve.contrasts(contrasts)
         se = np.sqrt((influence(data) ** 2).sum(0) + least**2)
-        return np.asarray(np.abs(data.means) <= edge * se)
+        return np.asarray(np.abs(data.means) <= edges[int(lenient)] * se)
 
     lower, place, low, high = slope_interval(plan.t, ramp, mean, same)
     breaks = [place] if ramp.kind == "kink" else [lower, place]

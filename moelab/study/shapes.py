@@ -17,8 +17,8 @@ tested capacities side by side) or, with two breaks, a ramp with level ground on
 Smooth curves form a convex cone N. Let v = r − P_N(r) be what is left of a ramp when the smooth
 curve next to it is taken away. By the projection theorem ⟨v, f⟩ ≤ 0 for **every** smooth f, so a
 mean curve m with ⟨v, m⟩ > 0 is not smooth, whatever smooth curve one had in mind: no family of
-curves is fitted, and none can be too poor. And where m = f + c·r₀ and f lies where v₀ does not
-punish it, ⟨v, m⟩/‖v‖ is largest at the ramp r₀ itself.
+curves is fitted, and none can be too poor. Where the break is, is another question: the one with
+which a smooth curve fits best, by least squares.
 
 Rising curves are turned over first.
 """
@@ -39,8 +39,10 @@ WIDEST = 0.5
 _TEN_TO_NINETY = 2 * np.log(9)
 _DIM = 0.05
 """A ramp of which smooth curves explain all but this share cannot be told from them."""
-_FINE = 6
-"""Places of a kink between two tested capacities that are tried."""
+_TESTED, _LOOKED_AT = 6, 24
+"""Places of a kink between two tested capacities that are tested, and among which one is found."""
+_FITTED = {"kink": 8, "step": 4, "ramp": 8}
+"""Candidates of each kind that are fitted: those that the rest of the smooth fit shows most."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Design:
         ramps: The candidates for a break.
         shapes: Their values, (ramps, points).
         contrasts: v/‖v‖ of each, (ramps, points).
+        norms: ‖v‖ of each, (ramps,).
     """
 
     t: Array
@@ -76,6 +79,7 @@ class Design:
     ramps: tuple[Ramp, ...]
     shapes: Array
     contrasts: Array
+    norms: Array
 
 
 def design(x: Array) -> Design:
@@ -84,11 +88,11 @@ def design(x: Array) -> Design:
     return _design(tuple(np.round(t, 12).tolist()))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _design(places: tuple[float, ...]) -> Design:
     t = np.array(places)
     smooth = smooth_basis(t)
-    ramps, contrasts = [], []
+    ramps, contrasts, norms = [], [], []
     for ramp in _candidates(t):
         shape = ramp.at(t)
         rest = shape - smooth @ weights(smooth, shape)
@@ -96,8 +100,11 @@ def _design(places: tuple[float, ...]) -> Design:
         if norm > _DIM * np.linalg.norm(shape - shape.mean()):
             ramps.append(ramp)
             contrasts.append(rest / norm)
+            norms.append(norm)
     shapes = np.array([ramp.at(t) for ramp in ramps]).reshape(-1, len(t))
-    return Design(t, smooth, tuple(ramps), shapes, np.array(contrasts).reshape(-1, len(t)))
+    return Design(
+        t, smooth, tuple(ramps), shapes, np.array(contrasts).reshape(-1, len(t)), np.array(norms)
+    )  # fmt: skip
 
 
 def smooth_basis(t: Array) -> Array:
@@ -143,7 +150,7 @@ def _divided(t: Array, places: range) -> Array:
 
 def _candidates(t: Array) -> list[Ramp]:
     inner = range(1, len(t) - 1)
-    kinks = [t[i] + (t[i + 1] - t[i]) * k / _FINE for i in inner for k in range(_FINE)]
+    kinks = [t[i] + (t[i + 1] - t[i]) * k / _TESTED for i in inner for k in range(_TESTED)]
     out = [Ramp("kink", 0.0, float(b)) for b in kinks]
     # A step beside the first or last point is one point apart from a smooth curve: no evidence.
     out += [Ramp("step", float(t[i]), float(t[i + 1])) for i in inner if i + 1 in inner]
@@ -155,21 +162,43 @@ def _candidates(t: Array) -> list[Ramp]:
 
 def predicted(plan: Design, mean: Array, ramp: Ramp | None) -> Array:
     """Fits a smooth curve, with a ramp of height from 0 on if one is given: (points,)."""
+    smooth, height = parts(plan, mean, ramp)
+    return smooth if ramp is None else smooth + height * ramp.at(plan.t)
+
+
+def parts(plan: Design, mean: Array, ramp: Ramp | None) -> tuple[Array, float]:
+    """Fits as `predicted`, and gives the smooth part, (points,), and the height of the ramp."""
     basis = plan.smooth
-    if ramp is not None:
-        basis = np.concatenate([basis, ramp.at(plan.t)[:, None]], axis=1)
-    return np.asarray(basis @ weights(basis, mean))
+    if ramp is None:
+        return np.asarray(basis @ weights(basis, mean)), 0.0
+    found = weights(np.concatenate([basis, ramp.at(plan.t)[:, None]], axis=1), mean)
+    return np.asarray(basis @ found[:-1]), float(found[-1])
 
 
-def best(plan: Design, mean: Array, kinds: tuple[str, ...]) -> Ramp | None:
-    """Finds the candidate of these kinds that a mean curve shows most; None if it shows none."""
-    score = plan.contrasts @ mean
-    allowed = np.array([ramp.kind in kinds for ramp in plan.ramps], dtype=bool)
-    if not allowed.any():
+def best(plan: Design, mean: Array, kind: str) -> Ramp | None:
+    """Finds the break of a kind with which a smooth curve fits best, by least squares.
+
+    Returns:
+        The break; None if no candidate is left over when the smooth curve is fitted.
+    """
+    rest = mean - predicted(plan, mean, None)
+    score = plan.shapes @ rest / plan.norms
+    least = 1e-9 * float(np.abs(mean).max())
+    order = [p for p in np.argsort(-score) if plan.ramps[p].kind == kind and score[p] > least]
+    tried = [plan.ramps[p] for p in order[: _FITTED[kind]]]
+    if not tried:
         return None
-    score = np.where(allowed, score, -np.inf)
-    place = int(score.argmax())
-    return plan.ramps[place] if score[place] > 0 else None
+
+    def wrong(ramp: Ramp) -> float:
+        return float(((mean - predicted(plan, mean, ramp)) ** 2).sum())
+
+    found = min(tried, key=wrong)
+    if found.kind == "kink":
+        gap = float(np.diff(plan.t)[int((plan.t <= found.high + 1e-12).sum()) - 1])
+        reach = _LOOKED_AT // _TESTED
+        moves = gap / _LOOKED_AT * np.arange(1 - reach, reach)
+        found = min((Ramp("kink", 0.0, float(found.high + move)) for move in moves), key=wrong)
+    return found
 
 
 def slope_interval(
@@ -178,15 +207,17 @@ def slope_interval(
     """Gives the place of a kink, or of a ramp's upper end, with its interval.
 
     The model is a straight line, an exponential and the kink; for a ramp, a straight line and both
-    ends, of which the lower one may be anywhere around where it was found. A place is in the interval if the contrast that would move the kink from there is not
-    different from 0; the interval is the stretch of such places around the one that fits best. The
-    contrast has mean 0 at the true place, so a t-test of it over documents needs no large numbers.
+    ends. The exponential's rate, or the lower end, may be any that the data do not refuse.
+    A place is in the interval if the contrast that would move the kink from there is not different
+    from 0; the interval is the stretch of such places around the one that fits best. The contrast
+    has mean 0 at the true place, so a t-test of it over documents needs no large numbers.
 
     Args:
         t: Scaled x, (points,).
         ramp: What was found.
         mean: The mean curve, (points,).
-        test: Takes contrasts (places, points), gives True where one is not different from 0.
+        test: Takes contrasts (places, points) and whether to be lenient, gives True where one is
+            not different from 0.
         places: Places tried.
 
     Returns:
@@ -197,7 +228,7 @@ def slope_interval(
     step = edges[1] - edges[0]
     kinks = np.maximum(edges[:, None] - t, 0)
     tried = []
-    for low, extra in _beside(t, ramp):
+    for low, extra, nuisance in _beside(t, ramp):
         base, _ = np.linalg.qr(np.concatenate([line, extra], axis=1))
         flat = kinks - (kinks @ base) @ base.T
         norm = np.linalg.norm(flat, axis=1)
@@ -206,15 +237,15 @@ def slope_interval(
         fits = (norm > 1e-6) & (edges > low)
         gain = np.where(fits, np.maximum(unit @ mean, 0) ** 2, 0.0)
         loss = float(((mean - base @ (base.T @ mean)) ** 2).sum() - gain.max())
-        tried.append((loss, low, base, unit, int(gain.argmax())))
-    _, lower, _, _, chosen = best_one = min(tried, key=lambda one: one[0])
+        tried.append((loss, low, base, unit, int(gain.argmax()), nuisance))
+    least, lower, _, _, chosen, _ = min(tried, key=lambda one: one[0])
     left, right = chosen, chosen
-    # A kink's rate is taken as found; a ramp's lower end may be anywhere that was tried.
-    for _, low, base, unit, place in tried if ramp.kind == "ramp" else [best_one]:
-        moves = (t < edges[:, None]).astype(np.float64)
-        moves = moves - (moves @ base) @ base.T
-        moves = moves - (moves * unit).sum(1, keepdims=True) * unit
-        fine = (np.linalg.norm(moves, axis=1) < 1e-6) | test(moves)
+    for loss, low, base, unit, place, nuisance in tried:
+        other = _apart(nuisance[None], base, unit[place])
+        if loss > least and np.linalg.norm(other) > 1e-6 and not test(other, True)[0]:
+            continue
+        moves = _apart((t < edges[:, None]).astype(np.float64), base, unit)
+        fine = (np.linalg.norm(moves, axis=1) < 1e-6) | test(moves, False)
         if not fine[place]:
             continue
         start = end = place
@@ -231,24 +262,49 @@ def slope_interval(
     )
 
 
-def _beside(t: Array, ramp: Ramp) -> list[tuple[float, Array]]:
-    """What stands in the model beside a straight line and the kink: lower end, columns."""
+def _apart(moves: Array, base: Array, unit: Array) -> Array:
+    """Takes from each row what the base (orthonormal columns) and its kink explain."""
+    moves = moves - (moves @ base) @ base.T
+    return np.asarray(moves - (moves * unit).sum(-1, keepdims=True) * unit)
+
+
+def _beside(t: Array, ramp: Ramp) -> list[tuple[float, Array, Array]]:
+    """What stands in the model beside a straight line and the kink.
+
+    Returns:
+        Lower end, columns, and the change of the curve with the rate or the lower end.
+    """
     if ramp.kind == "kink":
-        return [(ramp.low, np.exp(-rate * t)[:, None]) for rate in (2.0, 4.0, 8.0)]
+        curves = [(rate, np.exp(-rate * t)) for rate in (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 11.0)]
+        return [(ramp.low, curve[:, None], t * curve) for _, curve in curves]
     # The lower end may be up to one tested place away from the candidate's.
     place = int(np.abs(t - ramp.low).argmin())
     lows = np.linspace(t[max(place - 1, 0)], t[place + 1], 22)[1:-1]
-    return [(float(low), np.maximum(low - t, 0)[:, None]) for low in lows]
+    return [
+        (float(low), np.maximum(low - t, 0)[:, None], (t < low).astype(np.float64)) for low in lows
+    ]
 
 
 def gap_interval(plan: Design, means: Array, level: float) -> tuple[float, float]:
-    """Gives the interval for a step from resampled mean curves, (resamples, points).
+    """Gives the interval for a step from resampled mean curves less the smooth curve of the fit.
 
-    In each draw the step lies between two tested capacities, and every place between them counts
-    alike: the data cannot say where. The interval leaves out the same share at both ends.
+    In each draw the step lies between two tested capacities, where it fits best beside a straight
+    line, and every place between them counts alike: the data cannot say where. The interval leaves
+    out the same share at both ends.
+
+    Args:
+        plan: The design.
+        means: (resamples, points).
+        level: Of the interval.
+
+    Returns:
+        Low and high, scaled as x is.
     """
     steps = [place for place, ramp in enumerate(plan.ramps) if ramp.kind == "step"]
-    chosen = (means @ plan.contrasts[steps].T).argmax(1)
+    line, _ = np.linalg.qr(np.stack([np.ones_like(plan.t), plan.t], axis=1))
+    shapes = plan.shapes[steps]
+    shapes = shapes - (shapes @ line) @ line.T
+    chosen = (means @ (shapes / np.linalg.norm(shapes, axis=1, keepdims=True)).T).argmax(1)
     share = np.bincount(chosen, minlength=len(steps)) / len(means)
     lows = np.array([plan.ramps[place].low for place in steps])
     highs = np.array([plan.ramps[place].high for place in steps])

@@ -339,7 +339,7 @@ def _within(
     for key, curve in curves:
         if len(curve) < 2:
             raise StudyError(
-                f"There is one {x} only, {curve[x].iloc[0]!r}: a smallest one needs at least two. "
+                f"There is one {x} only, {curve[x].iloc[0]:g}: a smallest one needs at least two. "
                 "Sweep more, or read the interval of that point."
             )
         falling = curve.sort_values(x, ascending=False).reset_index(drop=True)
