@@ -223,3 +223,34 @@ def test_pins_of_equally_used_experts() -> None:
     }  # fmt: skip
     phases = counts.assign(phase=["prefill"] * 3 + ["decode"] * 3)
     assert len(metrics.pin_coverage(phases, top=1)) == 2, "no pair across phases"
+
+
+class Made:
+    """What looks like a recording."""
+
+    def __init__(self, frame: pd.DataFrame, **run: Any) -> None:
+        self.routing = frame
+        self.run = run
+
+
+def test_what_a_recording_says() -> None:
+    """Experts and capacity come from its manifest, unless the caller says otherwise."""
+    made = Made(FRAME, layers=[0, 3], experts=[8, 6], capacity=[4, 5])
+    chance = metrics.repeats(made).groupby("layer")["same_first_chance"].first()
+    assert chance.to_dict() == {0: 1 / 8, 3: 1 / 6}
+    assert set(metrics.repeats(made, experts=10)["same_first_chance"]) == {0.1}
+    assert metrics.counts(made).groupby("layer")["expert"].max().to_dict() == {0: 7, 3: 5}
+    told = metrics.labelled({"x": made})
+    assert set(metrics.repeats(told)["same_first_chance"]) == {1 / 8, 1 / 6}
+    ratio = metrics.regime_ratio(made).groupby("layer")["capacity"].unique().map(list)
+    assert ratio.to_dict() == {0: [4], 3: [5]}
+    mass = metrics.missed_mass(made).groupby("layer")["chance"].first()
+    assert mass.to_dict() == {0: 0.5, 3: pytest.approx(1 / 6)}
+    same = Made(FRAME, layers=[0, 3], experts=[8, 6], capacity=4)
+    assert set(metrics.regime_ratio(same)["capacity"]) == {4}
+
+    class Texts:
+        recording = made
+        routing = told
+
+    assert set(metrics.missed_mass(Texts())["chance"]) == {0.5, 1 - 5 / 6}

@@ -18,6 +18,7 @@ from .frames import (
     experts_by_layer,
     frame_of,
     known_experts,
+    manifest,
     names,
     tidy,
 )
@@ -203,9 +204,9 @@ def _regimes(
 
 def _slots(routing: Any, capacity: Slots, sizes: Mapping[int, int]) -> dict[int, int]:
     """Returns the slots of each layer; nothing where nobody says."""
-    run = getattr(routing, "run", None)
+    run = manifest(routing)
     if capacity is None:
-        if not isinstance(run, Mapping) or "capacity" not in run:
+        if "capacity" not in run:
             return {}
         told = run["capacity"]
         capacity = (

@@ -26,7 +26,8 @@ def frame_of(routing: Any, where: str = "routing") -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = getattr(routing, "routing", routing) if hasattr(routing, "run") else routing
+    given = isinstance(routing, pd.DataFrame)
+    frame = routing if given else getattr(routing, "routing", routing)
     if not isinstance(frame, pd.DataFrame):
         raise StudyError(
             f"{where} must be a recording or its routing frame, got {type(routing).__name__}."
@@ -34,10 +35,16 @@ def frame_of(routing: Any, where: str = "routing") -> pd.DataFrame:
     return frame
 
 
+def manifest(routing: Any) -> Mapping[str, Any]:
+    """Returns a recording's manifest, also that of recorded texts; empty where there is none."""
+    run = getattr(getattr(routing, "recording", routing), "run", None)
+    return run if isinstance(run, Mapping) else {}
+
+
 def known_experts(routing: Any) -> dict[int, int]:
     """Returns the experts by layer that a recording's manifest or a labelled frame tells."""
-    run = getattr(routing, "run", None)
-    if isinstance(run, Mapping) and "layers" in run and "experts" in run:
+    run = manifest(routing)
+    if "layers" in run and "experts" in run:
         return {int(k): int(e) for k, e in zip(run["layers"], run["experts"], strict=True)}
     told = getattr(routing, "attrs", {}).get("experts", {})
     return {int(layer): int(count) for layer, count in told.items()}
