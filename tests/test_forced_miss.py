@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import moelab
 from moelab.errors import MissActionError, MoelabError, StudyError
-from moelab.experts.forced import Forcing, forced_name
+from moelab.experts.forced import Forcing
 from moelab.experts.misses import LowBit, Reroute
 from moelab.lab import Lab
 from tests.support import rules, stock, tiny
@@ -228,9 +228,3 @@ def test_bad_input() -> None:
         lab.on_miss = "drop"
         with pytest.raises(MoelabError, match="load"):
             Forcing(lab, "drop")
-
-
-def test_names() -> None:
-    assert forced_name(LowBit()) == "low_bit"
-    assert forced_name(LowBit(3)) == "low_bit(bits=3)"
-    assert forced_name(Reroute(0.25)) == "reroute(strength=0.25)"

@@ -140,7 +140,8 @@ def test_each_layer_has_its_own_prices_live_and_replayed() -> None:
             for token in tokens:
                 mx.eval(lab.model(mx.array([[token]]), cache=cache))
         for layer in lab.attachment.bank.layers:
-            ratio = layer.residency.policy._price / table[layer.layer]
+            policy: Any = layer.residency.policy
+            ratio = policy._price / table[layer.layer]
             np.testing.assert_allclose(ratio, ratio[0])
         replayed = moelab.replay(rec, PricePolicy(table))
         live = rec.loads[["layer", "expert"]].reset_index(drop=True)

@@ -24,10 +24,12 @@ from moelab.experts.forced import Forcing
 from moelab.experts.misses import Reroute
 from moelab.quality.judge import run_prefix
 from moelab.quality.window import windows_of
-from moelab.study import price_model
-from moelab.study.price_model import FLOOR, fit_prices, quantile_fit
+from moelab.study import regression
+from moelab.study.price_model import FLOOR, fit_prices
 from moelab.study.price_results import JOINT_COLUMNS, PRICE_COLUMNS, Prices
-from moelab.study.prices import _Runs, margins_of, plan, price_misses
+from moelab.study.price_sample import plan
+from moelab.study.prices import _Runs, margins_of, price_misses
+from moelab.study.regression import quantile_fit
 from tests.support import rules, stock
 from tests.test_misses import Full, folder
 
@@ -178,7 +180,7 @@ def test_no_miss_costs_exactly_nothing(path: Path, action: str) -> None:
         runs = _Runs(lab, [action])
         (window, *_) = windows_of(lab.tokenizer, TEXTS, prefix=PREFIX, tokens=TOKENS)
         cache = run_prefix(lab.model, window)
-        nothing = {0: {site.layer: [] for site in lab.sites}}
+        nothing: dict[int, dict[int, list[int]]] = {0: {site.layer: [] for site in lab.sites}}
         reference = runs._logits(window, 0, cache, {}, None)
         kl = runs._kl(window, 0, cache, reference, nothing, runs.forcings[action])
         assert len(kl) == TOKENS and not kl.any()
@@ -199,7 +201,7 @@ def test_margins(variant: str) -> None:
                     self: Any, x: mx.array, own: type = own, layer: int = site.layer
                 ) -> mx.array:
                     seen[layer] = np.array(x)[0].astype(np.float64)
-                    return own.__call__(self, x)  # type: ignore[attr-defined, no-any-return]
+                    return own.__call__(self, x)
 
                 site.parent.__class__ = type(own.__name__, (own,), {"__call__": noting})
             mx.eval(lab.model(tokens))
@@ -254,6 +256,7 @@ def test_bad_input(path: Path) -> None:
             ({"tokens": 500}, "too short"),
             ({"on_miss": "load"}, "exact"),
             ({"on_miss": ()}, "names no action"),
+            ({"on_miss": ["drop", "drop"]}, "twice"),
             ({"joint": True}, "joint"),
         ):
             with pytest.raises(StudyError, match=told):
@@ -318,7 +321,7 @@ def test_summary_and_additivity() -> None:
 def test_the_model_finds_what_made_the_prices(
     quantile: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(price_model, "QUANTILE_DRAWS", 60)
+    monkeypatch.setattr(regression, "QUANTILE_DRAWS", 60)
     train, test = made(0), made(1)
     model = fit_prices(train, action="drop", test=test, quantile=quantile)
     assert model.added == ["ln weight", "depth"]
@@ -395,6 +398,19 @@ def test_quantile_fit() -> None:
         twice = np.repeat(np.arange(101), w.astype(int))
         again = quantile_fit(x[twice], y[twice], np.ones(len(twice)), q)
         np.testing.assert_allclose(quantile_fit(x, y, w, q), again, atol=1e-8)
+
+
+def test_one_text_a_domain_still_has_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Domains with one text are one stratum, rather than counted as certain."""
+    monkeypatch.setattr(regression, "QUANTILE_DRAWS", 30)
+    train = made(7, documents=8, each=20)
+    train["domain"] = train["document"]
+    for quantile in (None, 0.5):
+        model = fit_prices(train, action="drop", quantile=quantile, resamples=50)
+        for value, low, high in (model.exponent, model.explained, model.spearman):
+            assert low < value < high
+    row = Prices(train, pd.DataFrame(columns=list(JOINT_COLUMNS)), {}).summary.iloc[0]
+    assert row["low"] < row["mean"] < row["high"]
 
 
 def test_prices_of_zero_count_as_the_floor() -> None:

@@ -25,7 +25,7 @@ from .copies import Copies
 from .event import LayerEvent
 from .lossy import MissLayer
 from .lowbit import copies_in_memory
-from .misses import LowBit, MissAction, Reroute, WrongSlot, resolve_action
+from .misses import LowBit, MissAction, WrongSlot, resolve_action
 from .router import Exchanges, RouterRule, ask_rules
 from .selection import Selection
 
@@ -227,15 +227,6 @@ class Forcing:
                 )
         # In the order in which they run.
         return {layer: wanted[layer] for layer in self._sites if layer in wanted}
-
-
-def forced_name(action: MissAction) -> str:
-    """Returns what a frame calls an action: its name, with settings that are not the default."""
-    kind = type(action)
-    if action == kind():
-        return action.name
-    told = ", ".join(f"{key}={value:g}" for key, value in action.settings.items())
-    return f"{action.name}({told})" if isinstance(action, LowBit | Reroute) else action.name
 
 
 def _check_exact(lab: Lab) -> None:

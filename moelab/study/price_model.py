@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from ..display import facts_html, facts_text
 from ..errors import StudyError
 from ..quality.intervals import clustered, resampled
-from .price_results import check_prices
+from .price_results import check_prices, strata_of
+from .regression import FOLDS, interval, left_out, losses_of, solver_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,16 +38,15 @@ PREDICTORS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "ln weight": ("weight", np.log),
     "margin": ("margin", np.asarray),
     "depth": ("depth", np.asarray),
-    "depth²": ("depth", np.square),
+    "(depth − ½)²": ("depth", lambda depth: (depth - 0.5) ** 2),
     "rank": ("rank", np.asarray),
     "ln remaining": ("remaining", np.log),
 }
 """Predictors by name: the column that each is made from, and how."""
 
-DEFAULT = ("ln weight", "margin", "depth", "rank", "ln remaining")
-
-FOLDS = 10
-"""Groups of documents that are left out in turn where no test frame is given."""
+DEFAULT = ("ln weight", "margin", "depth", "(depth − ½)²", "rank", "ln remaining")
+"""What is known of every forced miss before it happens. The second term in depth is for layers at
+both ends that cost more, or less, than those between."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,9 +180,10 @@ def fit_prices(
     _check_options(quantile, floor)
     x, y = _design(train, terms, domains), _log(train, floor)
     documents = _documents(train)
-    solve = _solver(quantile)
+    strata = _strata(train, documents)
+    solve = solver_of(quantile)
     beta = solve(x, y, np.ones(len(y)))
-    low, high = _interval(x, y, beta, documents, train, quantile, seed)
+    low, high = interval(x, y, beta, documents, strata, quantile, seed)
     if test is None:
         judged, told = train, f"the same texts, a {FOLDS}th left out in turn"
     else:
@@ -198,14 +199,14 @@ def fit_prices(
 
     def predictions(columns: Sequence[int]) -> Array:
         if test is None:
-            return _left_out(x[:, columns], y, documents, solve, seed)
+            return left_out(x[:, columns], y, documents, solve, seed)
         return _design(judged, terms, domains)[:, columns] @ solve(
             x[:, columns], y, np.ones(len(y))
         )
 
     every = list(range(x.shape[1]))
     full, constant = predictions(every), predictions([0])
-    loss = _losses(quantile)
+    loss = losses_of(quantile)
     base = loss(truth - constant)
     explained = _ratio(judged, base - loss(truth - full), base)
     rows = []
@@ -225,7 +226,7 @@ def fit_prices(
         exponent = (beta[at], low[at], high[at])
         one = x[:, [0, at]]
         b = solve(one, y, np.ones(len(y)))
-        ends = _interval(one, y, b, documents, train, quantile, seed)
+        ends = interval(one, y, b, documents, strata, quantile, seed)
         alone = (b[1], ends[0][1], ends[1][1])
     smear = 1.0 if quantile is not None else float(np.exp(y - x @ beta).mean())
     return PriceModel(
@@ -305,90 +306,6 @@ def _documents(frame: pd.DataFrame) -> NDArray[np.int64]:
     return np.asarray(pd.factorize(frame["document"])[0], np.int64)
 
 
-# -- the fit -------------------------------------------------------------------------------
-
-Solver = Callable[[Any, Any, Any], Any]
-"""Gets design, response and weights; returns coefficients."""
-
-
-def _solver(quantile: float | None) -> Solver:
-    return least_squares if quantile is None else lambda x, y, w: quantile_fit(x, y, w, quantile)
-
-
-def least_squares(x: Array, y: Array, weights: Array) -> Array:
-    """Returns the coefficients that minimise the weighted squares; the shortest of equal ones."""
-    root = np.sqrt(weights)
-    return np.asarray(np.linalg.lstsq(x * root[:, None], y * root, rcond=None)[0])
-
-
-def quantile_fit(x: Array, y: Array, weights: Array, quantile: float) -> Array:
-    """Returns the coefficients of a weighted quantile regression, by its dual linear programme.
-
-    max y'a with X'a = (1 − q) X'w and 0 ≤ a ≤ w; the coefficients are the multipliers of the
-    equalities (Koenker, Quantile Regression, 2005, §6).
-    """
-    from scipy.optimize import linprog
-
-    used = weights > 0
-    x, y, w = x[used], y[used], weights[used]
-    scale = np.abs(x).max(0)
-    scale[scale == 0] = 1.0
-    z = x / scale
-    found = linprog(
-        -y, A_eq=z.T, b_eq=(1 - quantile) * (z.T @ w), bounds=np.stack([0 * w, w], 1),
-        method="highs",
-    )  # fmt: skip
-    if not found.success:
-        raise StudyError(f"The quantile regression has no solution: {found.message}")
-    return np.asarray(-found.eqlin.marginals / scale)
-
-
-def _losses(quantile: float | None) -> Callable[[Any], Any]:
-    if quantile is None:
-        return np.square
-    return lambda r: np.where(r >= 0, quantile * r, (quantile - 1) * r)
-
-
-QUANTILE_DRAWS = 200
-"""Resamples of documents for the coefficients of a quantile regression."""
-
-
-def _interval(
-    x: Array,
-    y: Array,
-    beta: Array,
-    documents: NDArray[np.int64],
-    frame: pd.DataFrame,
-    quantile: float | None,
-    seed: int,
-) -> tuple[Array, Array]:
-    """Returns the ends of the coefficients' 95% intervals over documents."""
-    from scipy import stats
-
-    count = int(documents.max()) + 1
-    if quantile is not None:  # the jackknife does not hold for quantiles
-        weights = resampled(_strata(frame, documents), resamples=QUANTILE_DRAWS, seed=seed)
-        drawn = np.array([quantile_fit(x, y, w[documents], quantile) for w in weights])
-        ends = np.quantile(drawn, [0.025, 0.975], axis=0)
-        return np.asarray(ends[0]), np.asarray(ends[1])
-    left = np.array([least_squares(x, y, (documents != d) * 1.0) for d in range(count)])
-    # Centred on the whole fit: the conservative one of the jackknives (CR3).
-    se = np.sqrt((count - 1) / count * ((left - beta) ** 2).sum(0))
-    reach = stats.t.ppf(0.975, count - 1) * se
-    return np.asarray(beta - reach), np.asarray(beta + reach)
-
-
-def _left_out(x: Array, y: Array, documents: NDArray[np.int64], solve: Solver, seed: int) -> Array:
-    """Predicts each document from a fit to others."""
-    count = int(documents.max()) + 1
-    fold = np.random.default_rng(seed).permutation(count) % min(FOLDS, count)
-    predicted = np.empty(len(y))
-    for number in np.unique(fold):
-        out = fold[documents] == number
-        predicted[out] = x[out] @ solve(x, y, (~out) * 1.0)
-    return predicted
-
-
 # -- how well it does ----------------------------------------------------------------------
 
 
@@ -401,6 +318,7 @@ def _ratio(frame: pd.DataFrame, above: Array, below: Array) -> tuple[float, floa
         frame.assign(_value=above / np.maximum(below, least), _weight=np.maximum(below, least)),
         "_value",
         weights="_weight",
+        strata=strata_of(frame),
     ).iloc[0]
     return float(told["mean"]), float(told["low"]), float(told["high"])
 
@@ -437,6 +355,8 @@ def _strata(frame: pd.DataFrame, documents: NDArray[np.int64]) -> NDArray[np.int
     import pandas as pd
 
     first = np.unique(documents, return_index=True)[1]
+    if strata_of(frame) is None:
+        return np.zeros(len(first), np.int64)
     return np.asarray(pd.factorize(frame["domain"].iloc[first])[0], np.int64)
 
 

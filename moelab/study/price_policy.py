@@ -37,7 +37,7 @@ Reuse = Literal["lfru", "lru"]
 """How the chance of reuse is guessed: f/(a + 1), or 1/(a + 1); f are the events that used the
 expert so far, a those since its last use."""
 
-RECORDED = ("ln weight", "depth", "depth²", "rank")
+RECORDED = ("ln weight", "depth", "(depth − ½)²", "rank")
 """Predictors of a price that a recording knows."""
 
 VARIANTS: tuple[tuple[Reuse, float], ...] = (("lfru", 1.0), ("lfru", 0.5), ("lru", 1.0))

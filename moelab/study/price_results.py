@@ -94,7 +94,9 @@ class Prices:
                 continue
             ratio = priced["joint"] / priced["sum"]
             # Weighed by the sums, the mean of the ratios is the ratio of the sums.
-            told = clustered(priced.assign(ratio=ratio), "ratio", weights="sum").iloc[0]
+            told = clustered(
+                priced.assign(ratio=ratio), "ratio", weights="sum", strata=strata_of(priced)
+            ).iloc[0]
             rows.append(
                 {
                     "action": key[0], "kind": key[1], "sets": len(priced),
@@ -149,7 +151,7 @@ class Prices:
 
 
 def _figures(part: pd.DataFrame) -> dict[str, Any]:
-    told = clustered(part, "price").iloc[0]
+    told = clustered(part, "price", strata=strata_of(part)).iloc[0]
     price = part["price"].to_numpy()
     figures = {
         "misses": len(part), "documents": int(told["documents"]), "mean": told["mean"],
@@ -160,9 +162,21 @@ def _figures(part: pd.DataFrame) -> dict[str, Any]:
     later = dict.fromkeys(("later_share", "later_low", "later_high"), float("nan"))
     priced = part[part["price"] > 0]
     if len(priced):
-        share = clustered(priced, "later_share", weights="price", limits=(0, 1)).iloc[0]
+        share = clustered(
+            priced, "later_share", weights="price", strata=strata_of(priced), limits=(0, 1)
+        ).iloc[0]
         later = dict(zip(later, (share["mean"], share["low"], share["high"]), strict=True))
     return {**figures, **later}
+
+
+def strata_of(frame: pd.DataFrame) -> str | None:
+    """Returns the column that stratifies documents: the domain, if each has at least two.
+
+    One document cannot say how those of its domain differ. Then all documents are one stratum, and
+    what domains differ by counts as chance, which errs on the wide side.
+    """
+    counts = frame[["domain", "document"]].drop_duplicates()["domain"].value_counts()
+    return "domain" if counts.min() > 1 else None
 
 
 def typed(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:

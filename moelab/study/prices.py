@@ -13,20 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import StudyError
-from ..experts.forced import ForcedLayer, Forcing, forced_name
+from ..experts.forced import ForcedLayer, Forcing
 from ..experts.misses import MissAction
 from ..experts.router import RouterRule, ask_rules
 from ..prompt_texts import Prompts
 from ..quality.divergence import check_finite, diverge
 from ..quality.judge import copied, exactly, one_pass, run_prefix
 from ..quality.window import Window, documents_of, few_of_each, windows_of
+from .asked import action_label
+from .price_sample import Cell, plan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,10 +40,6 @@ ACTIONS = ("drop", "substitute", "low_bit")
 
 EACH = 4
 """Shipped texts of each domain, where none are given."""
-
-Cell = tuple[int, int, int]
-"""A miss to force: the token's place after the prefix, the layer, and the router's rank there (0
-for the highest weight)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,67 +123,6 @@ def price_misses(
     return Prices(*runs.frames(), settings)
 
 
-def plan(
-    layout: Mapping[int, int],
-    judged: int,
-    positions: int,
-    misses: int,
-    random: np.random.Generator,
-) -> list[Cell]:
-    """Draws which misses of a window are forced.
-
-    Layers take turns, in an order of the window's own, and so do ranks within each layer, so that
-    after any number of misses layers differ by one at most; no miss is drawn twice.
-
-    Args:
-        layout: Top-k of each layer.
-        judged: Judged tokens.
-        positions: Tokens to force in.
-        misses: How many misses.
-        random: Draws.
-
-    Returns:
-        Misses, by token.
-
-    Raises:
-        StudyError: If the numbers do not fit each other.
-    """
-    for name, value in (("positions", positions), ("misses", misses)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise StudyError(f"{name} is a number, an int from 1 on, got {value!r}.")
-    half = max(1, judged // 2)
-    if positions > half:
-        raise StudyError(
-            f"positions={positions} tokens cannot be forced in the first half of {judged} judged "
-            f"tokens. Take at most {half}, or judge more tokens."
-        )
-    cells = sum(layout.values())
-    if misses > positions * cells:
-        raise StudyError(
-            f"misses={misses} are more than there are: {positions} tokens have "
-            f"{positions * cells} routed slots in {len(layout)} layers. Take fewer misses or more "
-            "positions."
-        )
-    edges = np.linspace(0, half, positions + 1).round().astype(int)
-    tokens = [int(random.integers(a, b)) for a, b in pairwise(edges)]
-    layers = random.permutation(list(layout)).tolist()
-    turns = {layer: random.permutation(top_k).tolist() for layer, top_k in layout.items()}
-    shift = random.integers(0, positions, len(layers))
-    found: list[Cell] = []
-    turn = 0
-    while len(found) < misses:
-        for place, layer in enumerate(layers):
-            top_k = layout[layer]
-            if turn >= top_k * positions or len(found) == misses:
-                continue
-            # Each cycle through a layer's ranks goes one token on, so no slot comes twice.
-            cycle, rank = divmod(turn, top_k)
-            token = tokens[(rank + cycle + shift[place]) % positions]
-            found.append((token, layer, turns[layer][rank]))
-        turn += 1
-    return sorted(found)
-
-
 def margins_of(scores: mx.array, allowed: mx.array | None, top_k: int) -> np.ndarray:
     """Returns the router's margin z_(k) − z_(k+1) of each token, float64.
 
@@ -217,7 +153,9 @@ class _Runs:
         self.lab = lab
         self.rules: dict[int, RouterRule] = ask_rules(lab.model, lab.sites)
         made = [Forcing(lab, action, rules=self.rules) for action in actions]
-        self.forcings = {forced_name(forcing.action): forcing for forcing in made}
+        self.forcings = {action_label(forcing.action): forcing for forcing in made}
+        if len(self.forcings) < len(made):
+            raise StudyError(f"on_miss names an action twice: {list(actions)!r:.200}.")
         seen = all(rule.unit.kind != "unknown" for rule in self.rules.values())
         # What only looks at the routers: through it nothing is missing.
         self._look = Forcing(lab, "substitute" if seen else "low_bit", rules=self.rules)
