@@ -5,9 +5,9 @@ experts. Both are judged on the same windows against the same exact run as a swe
 their rows have a sweep's columns, so that the frames can be joined and compared at equal bytes.
 
 Which experts are least used is read off a profile. It must be of other texts than those that are
-judged: the calibration texts, unless a profile is given. Use is counted in tokens or in gate weight;
-REAP also weighs how large an expert's output is (arXiv 2510.13999), which a profile does not know,
-so a published pruned model may do better than the one here.
+judged: the calibration texts, unless a profile is given. Use is counted in tokens or in gate
+weight; REAP also weighs how large an expert's output is (arXiv 2510.13999), which a profile does
+not know, so a published pruned model may do better than the one here.
 """
 
 from __future__ import annotations

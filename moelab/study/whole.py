@@ -2,9 +2,10 @@
 
 What a bank of C experts saves, a reader would ask to see beside what the same bytes buy otherwise:
 every expert at fewer bits, or a model from which experts were cut, its router's rows with them, as
-published pruned models are made (REAP, arXiv 2510.13999). Both run in the lab's own model while a `with` block lasts: the trunk
-is the same arrays, only experts and, where some are cut, the router's rows are others. Beside the
-lab's own memory there is that of the comparator's experts meanwhile.
+published pruned models are made (REAP, arXiv 2510.13999). Both run in the lab's own model while a
+`with` block lasts: the trunk is the same arrays, only experts and, where some are cut, the
+router's rows are others. Beside the lab's own memory there is that of the comparator's experts
+meanwhile.
 """
 
 from __future__ import annotations
