@@ -114,15 +114,16 @@ def check_exact(found: pd.DataFrame, lab: Lab, all_windows: list[Window], **whic
 @pytest.mark.parametrize("pins", [None, PINS], ids=["free", "pinned"])
 def test_replayed_points_are_what_a_run_does(path: Path, pins: Any) -> None:
     policies, capacities = ["lru", "lfru", "s3_fifo", "static"], [6, 9, 16]
-    found = sweep(path, capacities, pins=pins, policy=policies, **TINY).frame
-    assert len(found) == len(policies) * len(capacities) * len(PROMPTS)
+    some = {**TINY, "prompts": PROMPTS[:2]}
+    found = sweep(path, capacities, pins=pins, policy=policies, **some).frame
+    assert len(found) == len(policies) * len(capacities) * 2
     assert set(found["source"]) == {"replay"}
     loaded = 0
     for policy in policies:
         for capacity in capacities:
             rows = found[(found["policy"] == policy) & (found["capacity"] == capacity)]
             with moelab.load(path, capacity, policy=policy, pins=pins) as lab:
-                most = check_exact(rows, lab, windows(lab))
+                most = check_exact(rows, lab, windows(lab)[:2])
                 # So that swept chunks are among what is compared.
                 assert most > 9
             loaded += rows["loads"].sum()
@@ -245,9 +246,9 @@ def test_run_points_are_what_plain_labs_do(path: Path, budget: int | None) -> No
     actions: list[Any] = ["drop", "substitute", Reroute(strength=0.2), LowBit(bits=3), "low_bit"]
     found = sweep(
         path, [9, 6], pins=pins, policy="lfru", on_miss=actions,
-        swap_budget=budget, **{**TINY, "prompts": PROMPTS[:2]},
+        swap_budget=budget, **{**TINY, "prompts": PROMPTS[:1]},
     ).frame  # fmt: skip
-    assert len(found) == 2 * 3 * 5 * 2
+    assert len(found) == 2 * 3 * 5
     assert set(found["pins"]) == {"none", "two", "top=2"}
     labels = ["drop", "substitute", "reroute(strength=0.2)", "low_bit(bits=3)", "low_bit"]
     assert list(found["on_miss"].unique()) == labels
@@ -257,7 +258,7 @@ def test_run_points_are_what_plain_labs_do(path: Path, budget: int | None) -> No
     for capacity, pin, action in chosen:
         spec = pins[pin][1] if isinstance(pins[pin], tuple) else pins[pin]
         with moelab.load(path, capacity, pins=spec, policy="lfru") as lab:
-            for window in windows(lab)[:2]:
+            for window in windows(lab)[:1]:
                 want = lossy_by_hand(lab, window, actions[action], budget)
                 row = found[
                     (found["capacity"] == capacity)
