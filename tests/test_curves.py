@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import moelab
 from moelab.errors import CapacityError, PolicyError, ReplayError, SchemaError, StudyError
 from moelab.routing.curves import curves
+from moelab.routing.stacks import next_uses
 from tests.support import brute, frames
 
 EXPERTS = 9
@@ -115,6 +116,13 @@ def test_every_capacity_of_a_long_trace_agrees_with_the_replay() -> None:
             assert rows["layer"].tolist() == [0, -1]
             assert rows["misses"].tolist() == [int(events["missed"].sum())] * 2
     assert not found["swept"].any()
+
+
+def test_the_next_use_ends_where_the_bank_is_emptied() -> None:
+    start, expert = np.array([0, 2, 3, 4]), np.array([0, 1, 0, 1], np.int32)
+    kept = next_uses(start, expert, np.array([True, False, False]), 2)
+    emptied = next_uses(start, expert, np.array([True, False, True]), 2)
+    assert kept.tolist() == [1, 2, 3, 3] and emptied.tolist() == [1, 3, 3, 3]
 
 
 TINY = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True), max_size=6)
