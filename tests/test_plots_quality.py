@@ -189,6 +189,8 @@ def test_few_tokens_do_not_claim_a_far_tail() -> None:
     few = plot_frames.judged(("drop",)).iloc[:50]
     ax = plots.kl_quantiles(few)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["50%", "90%", "95%"]
+    marks = next(li for li in ax.get_lines() if li.get_linestyle() == "None")
+    np.testing.assert_allclose(np.asarray(marks.get_xdata()), [2, 10, 20])
 
 
 def test_arms_are_means_by_domain_and_for_all() -> None:
@@ -267,6 +269,15 @@ def test_a_band_is_that_of_documents_and_not_of_tokens() -> None:
     values = np.arange(1.0, 9.0)
     spread = 2.3646 * values.std(ddof=1) / np.sqrt(8)  # t of 7 degrees of freedom
     assert band.max() == pytest.approx(values.mean() + spread, rel=1e-3)
+
+
+def test_a_band_is_within_domains(sweep: pd.DataFrame) -> None:
+    # Domains differ, documents of one do not: other documents would give the same.
+    level = sweep["domain"].map({name: i + 1.0 for i, name in enumerate(plot_frames.DOMAINS)})
+    frame = sweep[sweep["on_miss"] == "drop"].assign(kl_mean=level, tokens=30)
+    ax = plots.frontier(frame)
+    band = np.asarray(ax.collections[0].get_paths()[0].vertices)[:, 1]
+    np.testing.assert_allclose(band, 3.5)
 
 
 def test_a_column_that_was_edited_is_named(sweep: pd.DataFrame) -> None:

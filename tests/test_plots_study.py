@@ -14,6 +14,7 @@ import pytest
 from moelab import plots
 from moelab.errors import SchemaError, StudyError
 from moelab.plots import style
+from moelab.plots.scales import short_number
 
 from .support import plot_frames as frames
 
@@ -236,6 +237,15 @@ def test_working_sets_by_domain_or_layer() -> None:
     one = frame[frame["domain"] == "prose"]
     both = pd.concat([one.assign(layer=0), one.assign(layer=1, distinct=3.0)])
     assert list(curve(plots.working_set(both), "layer 1")[1]) == [3.0] * 8
+    phases = np.where(np.arange(len(frame)) % 2, "decode", "prefill")
+    with pytest.raises(StudyError, match="phases"):
+        plots.working_set(frame.assign(phase=phases))
+
+
+def test_numbers_are_written_as_by_hand() -> None:
+    known = {0.0: "0", 0.02: "0.02", 3.0: "3", 1000.0: "1,000", 1e-5: "10⁻⁵", 2e-4: "2×10⁻⁴",
+             1e6: "10⁶"}  # fmt: skip
+    assert {value: short_number(value) for value in known} == known
 
 
 @pytest.mark.parametrize("metric", ["cv", "gini", "entropy"])

@@ -176,8 +176,10 @@ def worst(frame: pd.DataFrame, metric: Metric) -> float | None:
 
 
 def short_number(value: float) -> str:
-    """Returns a number as one writes it at an axis: `0.02`, `3`, `10⁻⁵`."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
+    """Returns a number as one writes it at an axis: `0.02`, `3`, `1,000`, `10⁻⁵`."""
+    if 1e3 <= abs(value) < 1e5:
+        return f"{value:,.0f}"
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.3g}"
     mantissa, power = f"{value:.1e}".split("e")
     raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

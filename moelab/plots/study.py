@@ -364,8 +364,11 @@ def working_set(
 
     Raises:
         SchemaError: If the frame lacks a column or has no rows.
+        StudyError: If it has several phases.
     """
     require(frame, numbers=["n", "distinct"])
+    if "phase" in frame and frame["phase"].nunique() > 1:
+        raise StudyError("The frame has several phases, which are not pooled; choose one.")
     by = next(
         (n for n in ("domain", "layer") if n in frame and frame[n].nunique() > 1), None
     )  # fmt: skip
