@@ -174,6 +174,8 @@ def _explore(page: Any, pictures: Path) -> None:
 
 
 def _run_and_cancel(page: Any, pictures: Path) -> None:
+    from playwright.sync_api import expect
+
     panel = page.locator(".moelab-live")
     panel.scroll_into_view_if_needed()
     panel.get_by_role("button", name="Run").click()
@@ -184,6 +186,7 @@ def _run_and_cancel(page: Any, pictures: Path) -> None:
     page.wait_for_function(
         "/cancelled|part at|the same/.test(document.querySelector('.moelab-live').innerText)"
     )
-    panel.get_by_role("button", name="Run").wait_for()
-    assert panel.get_by_role("button", name="Run").is_enabled()
+    expect(panel.get_by_role("button", name="Run")).to_be_enabled(timeout=WAIT)
+    expect(panel.get_by_role("button", name="Cancel")).to_be_disabled()
+    panel.get_by_text("exact: on a miss").scroll_into_view_if_needed()
     page.screenshot(path=pictures / "live.png")

@@ -1,4 +1,4 @@
-"""Charts of a figure by layer, with what chance alone would give: balance, locality, agreement."""
+"""Charts of routing beside what chance alone would give: balance, locality, working sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 from ..errors import StudyError
 from .checks import require
-from .style import ACTION_STYLES, MUTED, axes, beside, finish, looks, percent, styled
+from .style import (
+    ACTION_STYLES,
+    MUTED,
+    axes,
+    beside,
+    finish,
+    label_line,
+    looks,
+    percent,
+    styled,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,6 +196,69 @@ def agreement(
         frame, _known(metric, AGREEMENT), label=AGREEMENT[metric], by=by, ax=ax, note=note,
         title="Routing agreement with the full model", share=True,
     )  # fmt: skip
+
+
+def working_set(
+    frame: pd.DataFrame,
+    *,
+    experts: int | None = None,
+    ax: Axes | None = None,
+    note: str | None = None,
+) -> Axes:
+    """Draws how many distinct experts a stretch of tokens needs.
+
+    Args:
+        frame: As `moelab.metrics` gives it, of one phase: `n` (tokens), `distinct` (experts of a
+            layer), `chance` (uniform routing) where it is there, `domain` and `layer` where there
+            are several. The mean over layers is drawn, a curve a domain; or, of one domain, a
+            curve a layer.
+        experts: Experts a layer that the model has; drawn as a line.
+        ax: Where to draw; None makes new Axes.
+        note: Text under the chart; see `plots.style.finish`.
+
+    Raises:
+        SchemaError: If the frame lacks a column or has no rows.
+        StudyError: If it has several phases.
+    """
+    require(frame, numbers=["n", "distinct"])
+    if "phase" in frame and frame["phase"].nunique() > 1:
+        raise StudyError("The frame has several phases, which are not pooled; choose one.")
+    by = next(
+        (n for n in ("domain", "layer") if n in frame and frame[n].nunique() > 1), None
+    )  # fmt: skip
+    groups = (
+        {f"{by} {k}" if by == "layer" else str(k): g for k, g in frame.groupby(by, sort=False)}
+        if by
+        else {"routed": frame}
+    )
+    with styled():
+        ax = axes(ax, 8, 4)
+        styles = looks(list(groups))
+        for name, rows in groups.items():
+            mean = rows.groupby("n")["distinct"].mean()
+            ax.plot(
+                mean.index, mean, color=styles[name].colour, linestyle=styles[name].line,
+                marker=styles[name].marker, markersize=5, label=name,
+            )  # fmt: skip
+        if "chance" in frame:
+            chance = frame.groupby("n")["chance"].mean()
+            ax.plot(
+                chance.index, chance, color=MUTED, linestyle=(0, (1, 2)), linewidth=1.4,
+                label="uniform routing",
+            )  # fmt: skip
+        if experts:
+            ax.axhline(experts, color=MUTED, linewidth=0.9)
+            label_line(ax, experts, f"all {experts}")
+        ax.set_xscale("log", base=2)
+        windows = sorted(frame["n"].unique())
+        ax.set_xticks(windows, [f"{n:g}" for n in windows])
+        ax.minorticks_off()
+        ax.set_ylim(0, (experts or frame["distinct"].max()) * 1.1)
+        ax.set_xlabel("tokens in a row")
+        ax.set_ylabel("distinct experts, of a layer")
+        ax.set_title("Working set: distinct experts by stretch of text")
+        beside(ax, title=by, title_fontsize=9)
+    return finish(ax, frame, note)
 
 
 def _known(metric: str, names: dict[str, str]) -> str:

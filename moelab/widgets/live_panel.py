@@ -183,7 +183,7 @@ class Live(ipw.VBox):
         self.other = Side(f"{action} at {self.capacity.value} experts a layer")
         self._say("")
         lab = self.lab
-        before = None
+        before, told = None, ""
         try:
             lab._check_open()
             before = (list(lab.capacities), lab.miss_action, lab.swap_budget, lab.budget)
@@ -197,17 +197,18 @@ class Live(ipw.VBox):
                     if self._cancelled:
                         break
             self.fork = forks_at(self.exact.tokens, self.other.tokens)
-            self._say(self._verdict(action))
+            told = self._verdict(action)
         except MoelabError as error:
-            self._say(f"{type(error).__name__}: {error}")
+            told = f"{type(error).__name__}: {error}"
         except ValueError as error:  # an empty prompt, say
-            self._say(str(error))
+            told = str(error)
         finally:
             try:
                 if before is not None:
                     self._restore(*before)
             finally:
                 self.busy = False
+                self._say(told)  # which is true only now that the lab is as it was
                 self._show()
 
     def _one(self, side: Side) -> Iterator[None]:
