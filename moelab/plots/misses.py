@@ -36,7 +36,7 @@ def cost_by_capacity(
     Args:
         summary: A row an action and capacity: `action`, `capacity` (experts a layer), `mean`,
             `low`, `high`: nats a token that the true token is less likely than in the exact run,
-            with its interval; as `quality.clustered.clustered_mean` gives them.
+            with its interval; as `quality.intervals.clustered` gives them.
         experts: Experts a layer that the model has.
         tolerances: Shares by which perplexity may rise; drawn as lines.
         noise_floor: What two exact runs differ by, nats a token; None says that it was not

@@ -46,11 +46,11 @@ SCALES = {
         # For more trainings of one model: signs, not sizes.
         Scale(
             "signs", 3, (0.25, 0.5, 0.75), tokens=32, record_tokens=80, misses=16, tasks=25,
-            generations=1, written=48, permutations=50, comparators=False,
+            generations=2, written=32, permutations=50, comparators=False,
         ),
         # To see that everything runs.
         Scale(
-            "tiny", 2, (0.5, 0.75), prefix=12, tokens=4, record_tokens=8, misses=4, tasks=2,
+            "tiny", 2, (0.5, 0.75), prefix=12, tokens=4, record_tokens=20, misses=4, tasks=2,
             generations=1, written=4, permutations=5,
         ),
     )

@@ -27,6 +27,7 @@ def what_a_miss_costs(notes: Notes) -> None:
     lab.resize(1.0)
     told: dict[str, Any] = {
         "prefix": scale.prefix, "tokens": scale.tokens, "misses": scale.misses,
+        "positions": min(4, scale.tokens // 2),
     }  # fmt: skip
     try:
         learnt = price_misses(lab, texts_for(lab, scale, "calibration"), **told)

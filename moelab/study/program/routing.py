@@ -166,7 +166,8 @@ def which_policy(notes: Notes) -> None:
         f"least, {first['miss_ratio']:.1%} (LRU "
         f"{_of(told_kept, 'lru', low):.1%}).", "policies-kept.csv",
     )  # fmt: skip
-    every = curves(found.recording, others="exclude", reset="run", experts=experts)
+    # Kept from text to text: emptied before each, first uses would be most of what misses.
+    every = curves(found.recording, others="exclude", experts=experts)
     notes.frame("curves", every.overall)
     notes.chart("curves", curve_plots.miss_ratio(every.frame, note=notes.note))
 
