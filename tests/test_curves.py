@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moelab
+from moelab.bench.curves import bench_curves, write_made_up
 from moelab.errors import CapacityError, PolicyError, ReplayError, SchemaError, StudyError
 from moelab.routing.curves import curves
 from moelab.routing.stacks import next_uses
@@ -295,3 +297,20 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], words: s
 def test_bad_frames(frame: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         curves(frame)
+
+
+def test_the_bench_measures_what_it_says(tmp_path: Path) -> None:
+    """Small: only that it runs, counts the same as the curves do, and writes its page."""
+    made = tmp_path / "made.parquet"
+    write_made_up(made, 200, 2, 256, 4, 3, False)
+    result = bench_curves(tokens=200, layers=2, experts=256, top_k=4, seed=3, progress=False)
+    overall = curves(made).overall.set_index(["policy", "capacity"])["miss_ratio"]
+    for policy, ratios in result.misses.items():
+        for capacity, ratio in ratios.items():
+            assert ratio == overall[policy, int(capacity)]
+    assert result.base_bytes <= result.peak_bytes < 2**30
+    assert result.curves[0] > 0 and result.lru[0] < result.compile[0]
+    result.save(tmp_path)
+    assert "1,600 routed slots (seed 3)" in (tmp_path / "bench-curves.md").read_text()
+    with pytest.raises(StudyError, match="at least 256 experts"):
+        bench_curves(experts=64)
