@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...profiling import profile
 from ...quality.compare import compare, noise_floor
 from ...quality.generation import compare_generation
 from ...quality.intervals import clustered, paired
@@ -44,17 +45,19 @@ def how_small(notes: Notes) -> None:
     found = sweep(lab, sizes, on_miss=["load", *ACTIONS], out=notes.out / PARTS / "sweep", **told)
     frames = [found.frame]
     if scale.comparators:
-        frames.append(comparators(lab, capacity=sizes, **told))
+        learned = profile(lab, texts_for(lab, scale, "calibration"))  # whom to remove
+        frames.append(comparators(lab, capacity=sizes, profile=learned, **told))
     rows = notes.frame("sweep", pd.concat(frames, ignore_index=True))
     notes.frame("points", Sweep(rows, found.settings).points())
     floor = noise_floor(lab, texts, prefix=scale.prefix, tokens=scale.tokens)
-    least = float(floor.summary.iloc[-1]["kl_mean"])
+    least = notes.frame("noise-floor", floor.summary).iloc[-1]
     notes.found(
         HOW_SMALL, f"Noise floor, exact at {floor.settings['reference_capacity']} experts a layer "
-        f"against exact at {floor.settings['capacity']}: KL {least:g} nats.",
+        f"against exact at {floor.settings['capacity']}: KL {least['kl_mean']:g} nats.",
+        "noise-floor.csv",
     )  # fmt: skip
     _safe(notes, found.frame)
-    _cliffs(notes, found.frame)
+    _cliffs(notes, found.frame, float(least["ln_ppl_ratio"]))
     _charts(notes, rows, least)
     _same_memory(notes, rows)
     _sizes(notes, rows)
@@ -80,7 +83,7 @@ def _safe(notes: Notes, frame: pd.DataFrame) -> None:
         )  # fmt: skip
 
 
-def _cliffs(notes: Notes, frame: pd.DataFrame) -> None:
+def _cliffs(notes: Notes, frame: pd.DataFrame, floor: float) -> None:
     for action in ACTIONS:
         curve = frame[frame["on_miss"] == action]
         found = cliff(curve, y="ln_ppl_ratio", cluster="prompt")
@@ -95,13 +98,14 @@ def _cliffs(notes: Notes, frame: pd.DataFrame) -> None:
             HOW_SMALL, f"`{action}`: {found.verdict} {where}. {found.why}".replace(" .", "."),
             f"cliff-{action}.png",
         )  # fmt: skip
-        notes.chart(f"cliff-{action}", found.plot())
+        notes.chart(f"cliff-{action}", found.plot(note=notes.note, noise_floor=floor))
 
 
-def _charts(notes: Notes, rows: pd.DataFrame, floor: float) -> None:
+def _charts(notes: Notes, rows: pd.DataFrame, floor: pd.Series) -> None:
     from ...plots import quality as plots
 
-    for metric, least in (("kl_mean", floor), ("ln_ppl_ratio", 0.0), ("same_top1", 1.0)):
+    for metric in ("kl_mean", "ln_ppl_ratio", "same_top1"):
+        least = float(floor[metric])
         axes = plots.frontier(rows, metric, noise_floor=least, note=notes.note)
         notes.chart(f"frontier-{metric}", axes)
         own = rows[rows["on_miss"].isin(["load", *ACTIONS])]
@@ -208,6 +212,8 @@ def why(notes: Notes) -> None:
 
     lab, scale = notes.lab, notes.scale
     texts = texts_for(lab, scale, "test")
+    least = noise_floor(lab, texts[:2], prefix=scale.prefix, tokens=scale.tokens)
+    floor = float(least.summary.iloc[-1]["kl_mean"])
     shares, agreement, summaries, arms = [], [], [], []
     with _at(notes, scale.half):
         for action in ACTIONS:
@@ -250,7 +256,7 @@ def why(notes: Notes) -> None:
     told = notes.frame("shares", pd.concat(shares, ignore_index=True))
     split = notes.frame("arms", pd.concat(arms, ignore_index=True))
     agreed = notes.frame("agreement", pd.concat(agreement, ignore_index=True))
-    notes.chart("arms", plots.arms(split, note=notes.note))
+    notes.chart("arms", plots.arms(split, noise_floor=floor, note=notes.note))
     notes.chart("shares", plots.damage_shares(told[told["domain"] == "all"], note=notes.note))
     notes.chart("agreement", plots.agreement(agreed, note=notes.note))
 

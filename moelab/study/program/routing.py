@@ -53,9 +53,9 @@ def which_experts(notes: Notes) -> None:
     first, last = beyond.iloc[0], beyond.iloc[-1]
     notes.found(
         WHICH, f"Beyond the token itself, its text's domain tells {first['excess']:.3f} bits of "
-        f"the expert in layer {first['layer']} and {last['excess']:.3f} in layer {last['layer']} (more "
-        f"than whole documents that change domains give, p ≤ .05, in {len(some)} of {len(beyond)} "
-        "layers; decoding).", "domain-information.csv",
+        f"the expert in layer {first['layer']} and {last['excess']:.3f} in layer {last['layer']} "
+        f"(more than whole documents that change domains give, p ≤ .05, in {len(some)} of "
+        f"{len(beyond)} layers; decoding).", "domain-information.csv",
     )  # fmt: skip
     notes.lesson(
         "domain-beyond-token", "the domain tells of the expert beyond the token itself",
@@ -69,8 +69,8 @@ def which_experts(notes: Notes) -> None:
         WHICH, f"A token shares {overall['overlap']:.0%} of its experts with the token before it "
         f"(chance {overall['overlap_chance']:.0%}) and its first choice in "
         f"{overall['same_first']:.0%} (chance {overall['same_first_chance']:.1%}); 16 tokens "
-        f"need {overall['distinct']:.1f} experts a layer (chance {overall['distinct_chance']:.1f}); mean "
-        "of layers and domains, decoding.", "routing-summary.csv",
+        f"need {overall['distinct']:.1f} experts a layer (chance {overall['distinct_chance']:.1f}); "
+        "mean of layers and domains, decoding.", "routing-summary.csv",
     )  # fmt: skip
     notes.lesson(
         "locality", "a token shares more experts with the token before it than by chance",
