@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the page and numbers")
     parser.add_argument("--nulls", type=int, default=1000, help="simulations a smooth curve")
-    parser.add_argument("--cliffs", type=int, default=400, help="simulations a real cliff")
+    parser.add_argument("--cliffs", type=int, default=250, help="simulations a real cliff")
     given = parser.parse_args()
     began = time.process_time()
     alarms = false_alarms(given.nulls)

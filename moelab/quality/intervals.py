@@ -371,8 +371,11 @@ def largest_t(
     worst = np.zeros(resamples)
     for one, chi in zip(kinds, drawn, strict=True):
         scale = np.sqrt(chi / one)
-        picked = normal[:, freed == one]
-        top = (np.abs(picked) if sides == 2 else picked).max(1) / scale
+        picked = normal if len(kinds) == 1 else normal[:, freed == one]
+        top = picked.max(1)
+        if sides == 2:
+            top = np.maximum(top, -picked.min(1))
+        top = top / scale
         worst = np.maximum(worst, stats.t.cdf(top, one))
     return worst
 

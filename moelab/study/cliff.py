@@ -49,7 +49,7 @@ LEAST_POINTS = 6
 LEAST_DOCUMENTS = 6
 """Documents below which nothing is claimed."""
 RESAMPLES = 2000
-_FOLDS = 8
+_FOLDS = 6
 
 
 @dataclass(frozen=True, repr=False)

@@ -41,7 +41,7 @@ _DIM = 0.05
 """A ramp of which smooth curves explain all but this share cannot be told from them."""
 _TESTED, _LOOKED_AT = 6, 24
 """Places of a kink between two tested capacities that are tested, and among which one is found."""
-_FITTED = {"kink": 8, "step": 4, "ramp": 8}
+_FITTED = {"kink": 5, "step": 3, "ramp": 5}
 """Candidates of each kind that are fitted: those that the rest of the smooth fit shows most."""
 
 
