@@ -69,8 +69,9 @@ def which_experts(notes: Notes) -> None:
         WHICH, f"A token shares {overall['overlap']:.0%} of its experts with the token before it "
         f"(chance {overall['overlap_chance']:.0%}) and its first choice in "
         f"{overall['same_first']:.0%} (chance {overall['same_first_chance']:.1%}); 16 tokens "
-        f"need {overall['distinct']:.1f} experts a layer (chance {overall['distinct_chance']:.1f}); "
-        "mean of layers and domains, decoding.", "routing-summary.csv",
+        f"need {overall['distinct']:.1f} experts a layer (chance "
+        f"{overall['distinct_chance']:.1f}); mean of layers and domains, decoding.",
+        "routing-summary.csv",
     )  # fmt: skip
     notes.lesson(
         "locality", "a token shares more experts with the token before it than by chance",
