@@ -141,6 +141,8 @@ def random_trace(
             for _ in range(prompt):  # one chunk
                 token(run, sequence, step, position, "prefill")
                 position += 1
+            # Speculative decoding: the prompt's last pass may carry the first drafts.
+            step -= int(rng.random() < 0.5)
             while position < count:
                 step += 1
                 drafts = int(rng.integers(1, 4))
