@@ -409,6 +409,7 @@ class Live:
     Attributes:
         chunks: Of each chunk of the prompt: seconds, tokens, and loads by layer.
         first: Seconds to the first token.
+        first_loads: Loads until then, in all layers.
         steps: Of each later token: seconds, layers with a load, loads.
     """
 
@@ -420,6 +421,7 @@ class Live:
         self.steps: list[tuple[float, int, int]] = []
         self._loads: Counter[int] = Counter()
         self._done, self._at = 0, 0.0
+        self.first_loads = 0
         forced = iter(tokens[prompt:])
 
         def sampler(logprobs: mx.array) -> mx.array:
@@ -437,6 +439,7 @@ class Live:
             next(steps)
             last = time.perf_counter()
             self.first = last - begin
+            self.first_loads += self._loads.total()
             self._loads.clear()
             for _ in range(decoded):
                 next(steps)
@@ -461,6 +464,7 @@ class Live:
         now = time.perf_counter()
         if done > self._done and done < total:
             self.chunks.append((now - self._at, done - self._done, Counter(self._loads)))
+        self.first_loads += self._loads.total()
         self._loads.clear()
         self._done, self._at = done, time.perf_counter()
 
