@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moelab.errors import SchemaError, StudyError
-from moelab.quality import intervals
-from moelab.quality.intervals import Clusters, clustered, draws, paired, simultaneous
+from moelab.quality.clusters import Clusters
+from moelab.quality.intervals import clustered, draws, paired, simultaneous
+from moelab.quality.resampling import resampled
+from moelab.quality.spread import freedom, influence, quantiles
 
 
 def texts(seed: int = 0, documents: int = 9, groups: int = 1) -> pd.DataFrame:
@@ -139,8 +141,8 @@ def test_coverage_of_90_percent(
     inside, reach = [], []
     for _ in range(250):
         data, truth = study(rng, documents, strata, skew, lengths)
-        se = float(np.sqrt((intervals.influence(data) ** 2).sum()))
-        factor = float(intervals._quantiles(0.9, intervals.freedom(data))[0])
+        se = float(np.sqrt((influence(data) ** 2).sum()))
+        factor = float(quantiles(0.9, freedom(data))[0])
         inside.append(abs(float(data.means[0]) - truth) <= factor * se)
         values = data.sums / data.sizes
         reach.append(factor * se / np.ptp(values))
@@ -193,7 +195,7 @@ def test_bootstrap_draws_have_the_right_spread() -> None:
     same = draws(frame.assign(cost=1.0), "cost", resamples=10)[1]
     assert same == pytest.approx(np.ones((10, 1)))
     for n in (2, 3, 9):
-        w = intervals.resampled(np.zeros(n, np.int64), resamples=20000)
+        w = resampled(np.zeros(n, np.int64), resamples=20000)
         assert w.sum(1) == pytest.approx(np.full(20000, n))
         assert w.var(0).mean() == pytest.approx(1, rel=0.05)  # of a sum of n means: n / n
 

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from ..display import facts_html, facts_text
 from ..errors import StudyError
-from ..quality.intervals import freedom, influence, largest_t, resampled
+from ..quality.resampling import largest_t, resampled
+from ..quality.spread import freedom, influence
 from .curve import Curve, curve_of
 from .shapes import Design, Ramp, best, design, gap_interval, parts, predicted, slope_interval
 from .statements import Within, capacity_within

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SchemaError, StudyError
-from ..quality.intervals import Clusters, clusters_of
+from ..quality.clusters import Clusters, clusters_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ..display import facts_html, facts_text
 from ..errors import StudyError
-from ..quality.intervals import clustered, resampled
+from ..quality.intervals import clustered
+from ..quality.resampling import resampled
 from .price_results import check_prices, strata_of
 from .regression import FOLDS, interval, left_out, losses_of, solver_of
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StudyError
-from ..quality.intervals import resampled
+from ..quality.resampling import resampled
 
 Array = NDArray[np.float64]
 

@@ -16,15 +16,10 @@ import numpy as np
 
 from ..display import facts_html, facts_text
 from ..errors import SchemaError, StudyError
-from ..quality.intervals import (
-    RESAMPLES,
-    Clusters,
-    clusters_of,
-    freedom,
-    influence,
-    largest,
-    simultaneous,
-)
+from ..quality.clusters import Clusters, clusters_of
+from ..quality.intervals import simultaneous
+from ..quality.resampling import RESAMPLES, largest
+from ..quality.spread import freedom, influence
 from .curve import refuse_several
 
 if TYPE_CHECKING:
