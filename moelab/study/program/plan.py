@@ -45,7 +45,7 @@ SCALES = {
         Scale("full", 4, (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)),
         # For more trainings of one model: signs, not sizes.
         Scale(
-            "signs", 3, (0.25, 0.5, 0.75), tokens=32, record_tokens=80, misses=16, tasks=25,
+            "signs", 2, (0.25, 0.5, 0.75), tokens=24, record_tokens=64, misses=12, tasks=0,
             generations=2, written=32, permutations=50, comparators=False,
         ),
         # To see that everything runs.

@@ -26,6 +26,9 @@ EQUAL = "What is best for the same memory?"
 WHY = "Why does it hurt?"
 WRITING = "What does it do to what the model writes?"
 
+ASKED = ("low_bit", "drop")
+"""Actions that answer tasks: the most and the least faithful, since tasks take long."""
+
 LOSSY = ("substitute", "reroute", "drop")
 """Actions that keep nothing of a missing expert."""
 
@@ -297,7 +300,7 @@ def writing(notes: Notes) -> None:
                     {"mean": row["difference"], "low": row["low"], "high": row["high"]},
                     "nats a token" if metric == "nll" else "share of 4-grams",
                 )  # fmt: skip
-            if lab.name == "lab" or scale.tasks == 0 or _knows_shell(lab):
+            if action in ASKED and scale.tasks and _knows_shell(lab):
                 answered.append(_answers(notes, action))
     notes.frame("generation", pd.concat(written, ignore_index=True))
     if answered:
