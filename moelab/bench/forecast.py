@@ -229,8 +229,10 @@ def bench_forecast(
         for key, found in told.items():
             share, policy, length = key
             live = runs[key]
-            common: dict[str, Any] = {"share": share, "capacity": labs[share].capacity, "policy": policy,
-                      "prompt": length}  # fmt: skip
+            common: dict[str, Any] = {
+                "share": share, "capacity": labs[share].capacity, "policy": policy,
+                "prompt": length,
+            }  # fmt: skip
             rows.append(ForecastRow(
                 **common, what="first token", predicted=found.first_token_seconds,
                 predicted_loads=found.prompt_loads, measured_loads=float(live.first_loads.mean()),
