@@ -178,7 +178,11 @@ def page(alarms: pd.DataFrame, real: pd.DataFrame, seconds: float) -> str:
         "## Real cliffs: how often they are found, and whether the 90% interval holds the break",
         "",
         "Coverage is of the cliffs that were claimed, since no others get an interval. A gap is "
-        "the distance between two tested capacities.",
+        "the distance between two tested capacities. For kinks and steps the interval is what it "
+        "says. A step lies between two tested capacities, and the data cannot say where: its "
+        "interval is at least the middle 90% of that gap. For ramps (two breaks; the interval is "
+        "for the upper one) it is not: a ramp hardly wider than a gap is taken for a step, and the "
+        "interval then lies beside its upper end.",
         "",
         "| cliff | spread | simulations | found | right kind | coverage | 95% interval of it | "
         "median width, gaps |",

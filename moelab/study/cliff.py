@@ -7,7 +7,7 @@ half of the tested range or more, and all their sums. A cliff is claimed only if
 
 1. *No smooth curve will do.* For each candidate ramp r, what smooth curves cannot explain of it is
    v = r − P_N(r), and ⟨v, f⟩ ≤ 0 for every smooth f. The contrast ⟨v, y⟩ is computed document by
-   document, and its mean is tested against 0 with the largest t of all candidates, at 2.5%. The
+   document, and its mean is tested against 0 with the largest t of all candidates, at 5%. The
    test is at its level for a flat curve and below it for any other smooth one, so its false alarms
    do not depend on having guessed the curve's family.
 2. *The break predicts documents that were not looked at.* In a cross-validation over whole
@@ -19,8 +19,9 @@ tested capacities is a step. What is not seen: a cliff between the two lowest or
 tested capacities (one point apart from the rest is no evidence), and a kink too blunt for the
 noise; then the verdict is "no cliff", which means that none was shown.
 
-How the false alarms, the power and the interval's coverage were measured: `results/
-cliff-validation.md`.
+In simulations (`results/cliff-validation.md`) at most 2% of smooth curves of any kind were called a
+cliff, and the 90% interval held the place of kinks and steps in about 90%. It holds the upper end
+of a ramp less often, since a ramp is often taken for a step: read it as a hint there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-FALSE_ALARMS = 0.025
+FALSE_ALARMS = 0.05
 """Level of the test against all smooth curves."""
 LEAST_POINTS = 6
 """Distinct x below which nothing is claimed: a smooth curve has too much room between fewer."""
@@ -406,14 +407,13 @@ def _located(
         smooth, _ = parts(plan, mean, ramp)
         return [(ramp.low + ramp.high) / 2], gap_interval(plan, means - smooth, level)
     df = freedom(curve.contrasts(plan.contrasts[:1]))[0]
-    # What stands beside the break is tested as well; it must not cost the interval its level.
-    edges = stats.t.ppf([(1 + level) / 2, 1 - (1 - level) / 4], df)
+    edge = stats.t.ppf((1 + level) / 2, df)
     least = 1e-9 * float(np.abs(curve.values).max())
 
-    def same(contrasts: NDArray[np.float64], lenient: bool) -> NDArray[np.bool_]:
+    def same(contrasts: NDArray[np.float64]) -> NDArray[np.bool_]:
         data = curve.contrasts(contrasts)
         se = np.sqrt((influence(data) ** 2).sum(0) + least**2)
-        return np.asarray(np.abs(data.means) <= edges[int(lenient)] * se)
+        return np.asarray(np.abs(data.means) <= edge * se)
 
     lower, place, low, high = slope_interval(plan.t, ramp, mean, same)
     breaks = [place] if ramp.kind == "kink" else [lower, place]

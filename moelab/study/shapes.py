@@ -216,8 +216,7 @@ def slope_interval(
         t: Scaled x, (points,).
         ramp: What was found.
         mean: The mean curve, (points,).
-        test: Takes contrasts (places, points) and whether to be lenient, gives True where one is
-            not different from 0.
+        test: Takes contrasts (places, points), gives True where one is not different from 0.
         places: Places tried.
 
     Returns:
@@ -242,10 +241,10 @@ def slope_interval(
     left, right = chosen, chosen
     for loss, low, base, unit, place, nuisance in tried:
         other = _apart(nuisance[None], base, unit[place])
-        if loss > least and np.linalg.norm(other) > 1e-6 and not test(other, True)[0]:
+        if loss > least and np.linalg.norm(other) > 1e-6 and not test(other)[0]:
             continue
         moves = _apart((t < edges[:, None]).astype(np.float64), base, unit)
-        fine = (np.linalg.norm(moves, axis=1) < 1e-6) | test(moves, False)
+        fine = (np.linalg.norm(moves, axis=1) < 1e-6) | test(moves)
         if not fine[place]:
             continue
         start = end = place
