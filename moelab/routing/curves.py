@@ -7,7 +7,6 @@ enough, `sweeps` what is done for capacities that some event exceeds).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..display import facts_html, facts_text
-from ..errors import CapacityError, PolicyError, StudyError
+from ..errors import StudyError
+from .capacities import capacities_of, numbers_of, pins_of
+from .counts import POLICIES, Others, counts, events_of, pinned
+from .curve_rows import ALL_LAYERS, finished_rows, layer_rows, overall_rows
 from .recording import Recording
-from .streams import EVENT_PHASES, WHOLE, LayerStream, frame_streams
+from .sources import streams_of
+from .streams import EVENT_PHASES, WHOLE, LayerStream
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ALL_LAYERS = -1
-"""What `layer` says in the rows that sum over layers."""
-
-POLICIES = ("lru", "best_static", "min_forced", "min")
-"""Curves, from the one that a bank can reach to the lowest bound."""
-
-Others = Literal["advance", "exclude"]
-SUMS = (
-    "slots", "misses", "compulsory", "needed", "loads", "compulsory_loads", "mass", "missed_mass",
-)  # fmt: skip
-COLUMNS = (
-    "run", "layer", "phase", "policy", "capacity", "experts", "swept", "slots", "misses",
-    "miss_ratio", "compulsory", "needed", "loads", "load_ratio", "compulsory_loads", "mass_ratio",
-    "chance",
-)  # fmt: skip
 
 
 class Curves:
@@ -208,55 +195,15 @@ def curves(
             f"There is no event of phase {phase!r}: the recording has events {told}. "
             "Give another phase=."
         )
-    frame = pd.concat([frame, _overall(frame)], ignore_index=True)
+    frame = pd.concat([frame, overall_rows(frame)], ignore_index=True)
     settings = {"phase": phase, "others": others, "reset": reset, "by": by, "pins": pins}
-    return Curves(_finished(frame, asked, phases.pop() if len(phases) == 1 else phase), settings)
-
-
-def streams_of(
-    source: Any, experts: int | Mapping[int, int] | None = None
-) -> Iterable[LayerStream]:
-    """Returns the layers of anything that `curves` takes."""
-    if isinstance(source, str | Path):
-        from .trace import read_trace
-
-        source = read_trace(source)
-    if isinstance(source, Recording):
-        run = source.run
-        known = dict(zip(run["layers"], run["experts"], strict=True)) if "experts" in run else None
-        return frame_streams(source.routing, known if experts is None else experts)
-    if hasattr(source, "streams"):
-        found: Iterable[LayerStream] = source.streams(experts)
-        return found
-    if not hasattr(source, "columns") and isinstance(source, Iterable):
-        return source
-    return frame_streams(source, experts)
-
-
-def events_of(
-    stream: LayerStream, phase: int, others: str, reset: bool
-) -> tuple[LayerStream, np.ndarray, np.ndarray]:
-    """Chooses the events that are played.
-
-    Returns:
-        The events in the order in which they are played; which of them count, bool (events,); and
-        before which of them the bank is emptied, bool (events,).
-    """
-    counted = (stream.phase == phase) | (stream.phase == WHOLE) | (phase == WHOLE)
-    chosen = np.flatnonzero(counted) if others == "exclude" else np.arange(len(counted))
-    if reset:  # runs that took turns are taken apart
-        chosen = chosen[np.argsort(stream.run[chosen], kind="stable")]
-    played = stream.events(chosen)
-    fresh = np.zeros(len(chosen), bool)
-    if reset and len(chosen):
-        fresh[0] = True
-        fresh[1:] = played.run[1:] != played.run[:-1]
-    return played, counted[chosen], fresh
+    counted = phases.pop() if len(phases) == 1 else phase
+    return Curves(finished_rows(frame, asked.policies, asked.by_run, counted), settings)
 
 
 def _layer(stream: LayerStream, asked: Asked) -> pd.DataFrame:
     """Counts one layer, in every group and at every capacity."""
-    pins = _pins(asked.pins, stream)
+    pins = pins_of(asked.pins, stream)
     sizes = capacities_of(stream, asked.capacities, len(pins))
     played, counted, fresh = events_of(stream, asked.phase, asked.others, asked.reset)
     if asked.by_run:
@@ -266,218 +213,10 @@ def _layer(stream: LayerStream, asked: Asked) -> pd.DataFrame:
     group = np.where(counted, place, -1).astype(np.int32)
     always = np.zeros((3, len(names)))
     if pins:
-        always = _pinned(played, group, len(names), pins)
+        always = pinned(played, group, len(names), pins)
         played = played.without(pins)
     found = counts(played, group, fresh, len(names), sizes - len(pins), asked.policies)
-    return _rows(stream, sizes, names, found, always, played.largest + len(pins))
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """Counts of one policy. All are pairs, slots and mass, in this order."""
-
-    total: np.ndarray
-    """(3, groups)"""
-    first: np.ndarray
-    """(3, groups): first uses."""
-    missed: np.ndarray
-    """(3, groups, capacities)"""
-
-
-def counts(
-    played: LayerStream,
-    group: np.ndarray,
-    fresh: np.ndarray,
-    groups: int,
-    sizes: np.ndarray,
-    policies: Sequence[str],
-) -> dict[str, Counted]:
-    """Counts a layer's misses.
-
-    Args:
-        played: The events.
-        group: int32 (events,): where each is counted; −1 nowhere.
-        fresh: bool (events,): the bank is emptied before it.
-        groups: Number of groups.
-        sizes: int (capacities,): slots.
-        policies: Of `POLICIES`.
-    """
-    from . import stacks, sweeps
-
-    experts = played.experts
-    given = (played.start, played.expert, played.slots, played.mass, group, fresh, experts, groups)
-    following = np.zeros(0, np.int64)
-    if set(policies) & {"min", "min_forced"}:
-        following = stacks.next_uses(played.start, played.expert, fresh, experts)
-    swept = np.flatnonzero(sizes < played.largest)
-    found = {}
-    for policy in policies:
-        if policy == "best_static":
-            at = np.stack(stacks.later_uses(*given))
-            order = np.argsort(-at[0, :, :experts].sum(0), kind="stable")
-            at = np.concatenate([at[:, :, order], at[:, :, experts:]], axis=2)
-        elif policy == "lru":
-            at = np.stack(stacks.lru_places(*given))
-        else:
-            at = np.stack(stacks.min_places(*given, following, policy == "min_forced"))
-        total = at.sum(axis=2)
-        hits = np.concatenate([np.zeros((3, groups, 1)), at[:, :, :experts].cumsum(axis=2)], axis=2)
-        missed = total[:, :, None] - hits[:, :, sizes]
-        for i in swept if policy in ("lru", "min_forced") else ():
-            if policy == "lru":
-                missed[:, :, i] = sweeps.lru_misses(*given, int(sizes[i]))
-            else:
-                missed[:, :, i] = sweeps.min_forced_misses(*given, following, int(sizes[i]))
-        found[policy] = Counted(total, at[:, :, experts], missed)
-    return found
-
-
-def _rows(
-    stream: LayerStream,
-    sizes: np.ndarray,
-    names: np.ndarray,
-    found: dict[str, Counted],
-    always: np.ndarray,
-    largest: int,
-) -> pd.DataFrame:
-    import pandas as pd
-
-    parts = []
-    for policy, counted in found.items():
-        total = counted.total + always
-        here = np.flatnonzero(total[1] > 0)
-        count = len(sizes)
-
-        def each(values: np.ndarray, here: np.ndarray = here, count: int = count) -> np.ndarray:
-            return np.repeat(values[here], count)
-
-        parts.append(
-            pd.DataFrame(
-                {
-                    "run": each(names),
-                    "layer": stream.layer,
-                    "policy": policy,
-                    "capacity": np.tile(sizes, len(here)),
-                    "experts": stream.experts,
-                    "swept": np.tile(sizes < largest, len(here)),
-                    "slots": each(total[1]),
-                    "misses": counted.missed[1][here].ravel(),
-                    "compulsory": each(counted.first[1]),
-                    "needed": each(total[0]),
-                    "loads": counted.missed[0][here].ravel(),
-                    "compulsory_loads": each(counted.first[0]),
-                    "mass": each(total[2]),
-                    "missed_mass": counted.missed[2][here].ravel(),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
-
-
-def _overall(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sums over layers at capacities that all have; a layer with fewer experts holds them all."""
-    import pandas as pd
-
-    own = frame.groupby("layer")["capacity"].agg(["min", "max"])
-    sizes = frame["capacity"].unique()
-    parts = [frame]
-    for layer, highest in own["max"].items():
-        full = frame[(frame["layer"] == layer) & (frame["capacity"] == highest)]
-        if highest == full["experts"].iloc[0]:
-            parts += [full.assign(capacity=size) for size in sizes if size > highest]
-    whole = pd.concat(parts)
-    layers = whole.groupby("capacity")["layer"].nunique()
-    whole = whole[whole["capacity"].isin(layers.index[layers == len(own)])]
-    sums = {"experts": "max", "swept": "any", **dict.fromkeys(SUMS, "sum")}
-    summed = whole.groupby(["run", "policy", "capacity"], sort=False).agg(sums).reset_index()
-    return summed.assign(layer=ALL_LAYERS)
-
-
-def _finished(frame: pd.DataFrame, asked: Asked, phase: str) -> pd.DataFrame:
-    """Makes shares of the sums, and puts the columns in order."""
-    import pandas as pd
-
-    frame["phase"] = pd.Categorical([phase] * len(frame), categories=EVENT_PHASES[1:])
-    frame["policy"] = pd.Categorical(frame["policy"], categories=asked.policies)
-    frame["miss_ratio"] = frame["misses"] / frame["slots"]
-    frame["load_ratio"] = frame["loads"] / frame["needed"]
-    frame["mass_ratio"] = frame["missed_mass"] / frame["mass"]
-    frame["chance"] = 1 - frame["capacity"] / frame["experts"]
-    narrow = {name: "int64" for name in SUMS if not name.endswith("mass")}
-    narrow |= {"run": "int32", "layer": "int16", "capacity": "int32", "experts": "int32"}
-    frame = frame.astype(narrow)[list(COLUMNS)]
-    frame.attrs["experts"] = int(frame["experts"].max())
-    return frame if asked.by_run else frame.drop(columns="run")
-
-
-def _pins(pins: Any, stream: LayerStream) -> list[int]:
-    """Returns a layer's pins, ascending."""
-    given = pins.get(stream.layer, ()) if isinstance(pins, Mapping) else pins or ()
-    found = sorted({int(expert) for expert in given})
-    wrong = [expert for expert in found if not 0 <= expert < stream.experts]
-    if wrong:
-        raise PolicyError(
-            f"pins= names experts {wrong}, and layer {stream.layer} has {stream.experts} experts "
-            "(0 is the first). Say experts= if the frame does not show them all."
-        )
-    if len(found) > stream.experts - stream.top_k:
-        raise PolicyError(
-            f"{len(found)} pins are too many for layer {stream.layer}: of {stream.experts} experts "
-            f"{stream.top_k} (top-k) must be free to change. Pin fewer."
-        )
-    return found
-
-
-def capacities_of(
-    stream: LayerStream, asked: Sequence[int | float] | None, pins: int = 0
-) -> np.ndarray:
-    """Returns the capacities of a layer, int64, ascending, each once."""
-    lowest, highest = stream.top_k + pins, stream.experts
-    if asked is None:
-        return np.arange(lowest, highest + 1)
-    sizes = set()
-    for given in asked:
-        size = given if isinstance(given, int) else math.floor(given * highest + 0.5)
-        if not lowest <= size <= highest:
-            free = f"its top-k{f' and {pins} pins' if pins else ''}: a token needs them all at once"
-            raise CapacityError(
-                f"capacity {given!r} is {size} experts in layer {stream.layer}, and it must be "
-                f"between {lowest} ({free}) and {highest} (all its experts)."
-            )
-        sizes.add(size)
-    return np.array(sorted(sizes), np.int64)
-
-
-def numbers_of(capacities: Any) -> tuple[int | float, ...]:
-    """Checks the capacities that were asked for, before the layers are known."""
-    if isinstance(capacities, int | float | str) or not isinstance(capacities, Iterable):
-        raise CapacityError(f"capacities must be a list of numbers, got {capacities!r}.")
-    found: list[int | float] = []
-    for given in capacities:
-        if isinstance(given, bool) or not isinstance(given, int | float | np.number):
-            raise CapacityError(
-                f"A capacity must be an int (experts a layer) or a float (a share), got {given!r}."
-            )
-        if isinstance(given, int | np.integer):
-            found.append(int(given))
-        elif 0 < given <= 1:
-            found.append(float(given))
-        else:
-            raise CapacityError(
-                f"A capacity given as a float is a share between 0 and 1, got {given}. "
-                "Give an int to count experts."
-            )
-    if not found:
-        raise CapacityError("capacities is empty: give at least one, or None for all.")
-    return tuple(found)
-
-
-def _pinned(played: LayerStream, group: np.ndarray, groups: int, pins: list[int]) -> np.ndarray:
-    """Returns pairs, slots and mass of the pinned experts, which always hit: (3, groups)."""
-    to = np.repeat(group, np.diff(played.start))
-    rows = np.isin(played.expert, pins) & (to >= 0)
-    weights = (None, played.slots[rows], played.mass[rows])
-    return np.stack([np.bincount(to[rows], w, groups).astype(np.float64) for w in weights])
+    return layer_rows(stream, sizes, names, found, always, played.largest + len(pins))
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import StudyError
+from .capacities import capacities_of, numbers_of
 from .compiled import compiled
-from .curves import ALL_LAYERS, Others, capacities_of, counts, numbers_of, streams_of
+from .counts import Others, counts, events_of
+from .curve_rows import ALL_LAYERS
 from .documents import documents_in
 from .policies import policy_table
-from .streams import EVENT_PHASES, WHOLE, LayerStream
+from .sources import streams_of
+from .streams import EVENT_PHASES, LayerStream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,11 +210,7 @@ def skew_and_recency(
     runs: np.ndarray | None = None
     parts = []
     for stream in streams_of(recording, experts):
-        counted = (stream.phase == code) | (stream.phase == WHOLE) | (code == WHOLE)
-        chosen = np.flatnonzero(counted)
-        if reset == "run":
-            chosen = chosen[np.argsort(stream.run[chosen], kind="stable")]
-        real = stream.events(chosen)
+        real, _, fresh = events_of(stream, code, "exclude", reset == "run")
         if runs is None:
             runs = real.run
             if len(runs) < 2:
@@ -223,9 +222,6 @@ def skew_and_recency(
                 "was cut short. See moelab.routing.recovery.recover."
             )
         sizes = capacities_of(stream, given)
-        fresh = np.zeros(len(runs), bool)
-        if reset == "run":
-            fresh[1:] = runs[1:] != runs[:-1]
         rng = np.random.default_rng([seed, 1, real.layer])
         others = [_hits(real.events(order), fresh, sizes) for order in orders]
         even = [_hits(_uniform(real, int(rng.integers(2**31))), fresh, sizes) for _ in orders]

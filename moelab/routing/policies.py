@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import StudyError
 from ..experts.policies import REPLAY_ONLY, policies
-from .curves import Others, curves
+from .counts import Others
+from .curves import curves
 from .documents import documents_in
 from .events import steps_of
 from .recording import Recording
