@@ -18,7 +18,9 @@ from moelab.errors import MoelabError, ReplayError, SchemaError, StudyError
 from moelab.routing.curves import curves
 from moelab.routing.recording import read_recording
 from moelab.routing.recovery import recover
-from moelab.routing.trace import KEY, TYPES, Trace, export_trace, read_trace, write_tables
+from moelab.routing.trace import Trace, export_trace, read_trace
+from moelab.routing.trace_layout import KEY, TYPES
+from moelab.routing.trace_writing import write_tables
 from tests.support import recordings, stock, tiny
 
 KEPT = [

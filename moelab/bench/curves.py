@@ -217,7 +217,7 @@ def write_made_up(
     """Writes a made-up trace, a layer at a time."""
     import pyarrow as pa
 
-    from ..routing.trace import write_tables
+    from ..routing.trace_writing import write_tables
 
     rows = tokens * top_k
     count = np.repeat(np.arange(tokens, dtype=np.int32), top_k)

@@ -52,7 +52,7 @@ class RecordedTexts:
 
     def export(self, path: Any, **about: Any) -> Any:
         """Writes a trace that others can read; see `moelab.export_trace`."""
-        from ..routing.trace import export_trace
+        from ..routing.trace_writing import export_trace
 
         return export_trace(self.recording, path, documents=self.documents, **about)
 

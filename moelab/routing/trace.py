@@ -4,214 +4,30 @@ A recording says how one bank fared; a trace leaves the bank out and keeps the r
 can be replayed at any capacity and under any lossless policy, and says which model it is of and how
 the text came about.
 
-The layout, version 1. A parquet file with a row a routed slot, sorted by layer, then token, then
-rank, so that a reader can take one layer at a time; a row group holds rows of one layer only.
-
-| column     | type                 | meaning                                                  |
-|------------|----------------------|----------------------------------------------------------|
-| `token`    | int32                | place of the token in order of time, from 0              |
-| `run`      | int32                | one cache's life, numbered from 0                        |
-| `sequence` | int32                | sequence within a batch                                  |
-| `step`     | int32                | forward pass within the run, from 0                      |
-| `position` | int32                | tokens in the cache before this one                      |
-| `phase`    | string, dictionary   | "prefill", "decode" or "padding"                         |
-| `document` | string, dictionary   | the text that the run read or began with                 |
-| `domain`   | string, dictionary   | its domain; "" where none is known                       |
-| `layer`    | int16                | decoder layer                                            |
-| `rank`     | int16                | 0 for the token's highest weight in this layer           |
-| `expert`   | int32                | the expert                                               |
-| `weight`   | float32              | gate weight; NaN where it is not known                   |
-| `token_id` | int32, may lack      | the token; −1 where an embedding stood for it            |
-| `text`     | string, may lack     | its text                                                 |
-
-Slots that a family sends nowhere (weight 0) have no row. The file's key-value metadata has one
-entry, `moelab_trace`, a JSON object: `format` (1), `model`, `model_type`, `fingerprint` (of the
-checkpoint's headers), `layers`, `experts`, `top_k` (lists, a number a layer), `provenance`
-("teacher-forced" or "generated"), `template` (the chat template's name, or null for raw text),
-`domains`, `documents` (run, document and domain of each run), `tokens` and `slots` (counts),
-`vocabulary` (size or null), `tokenizer` (hash or null), `licence` (of the texts, or null), `moelab`
-(version), `recorded` (time or null).
+`export_trace` writes one and `read_trace` opens it; `trace_layout` says what is in the file.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..display import facts_html, facts_text
-from ..errors import MoelabError, SchemaError, StudyError
+from ..errors import SchemaError, StudyError
 from .columns import SCHEMA
-from .documents import documents_of
-from .events import check_frame
 from .loop import PHASES
-from .recording import Recording
-from .recovery import recover, token_rows
 from .streams import LayerStream, stream
+from .trace_layout import ABOUT, FORMAT, KEY, check_columns, row_groups
+from .trace_writing import export_trace
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
-KEY = b"moelab_trace"
-PROVENANCE = ("teacher-forced", "generated")
-GROUP_ROWS = 1 << 20
-"""Rows of a row group at most."""
-
-TYPES: Mapping[str, str] = {
-    "token": "int32", "run": "int32", "sequence": "int32", "step": "int32", "position": "int32",
-    "phase": "text", "document": "text", "domain": "text", "layer": "int16", "rank": "int16",
-    "expert": "int32", "weight": "float32", "token_id": "int32", "text": "text",
-}  # fmt: skip
-"""Columns of a trace, in order."""
-OPTIONAL = ("token_id", "text")
-ABOUT = ("model", "fingerprint", "layers", "experts", "top_k", "provenance", "documents")
-"""What the metadata must have."""
-
-
-def export_trace(
-    recording: Recording,
-    path: str | Path,
-    *,
-    provenance: str,
-    template: str | None = None,
-    documents: pd.DataFrame | Mapping[int, Any] | None = None,
-    token_ids: bool = False,
-    text: bool = False,
-    vocabulary: int | None = None,
-    tokenizer: str | None = None,
-    licence: str | None = None,
-) -> Path:
-    """Writes a recording's routing as a trace, whole or not at all; see the module for the layout.
-
-    Tokens that a crash or an interrupt cut short are left out, with a warning.
-
-    Args:
-        recording: Of a lossless run.
-        path: The file; its folder is made, and a trace that is there is replaced.
-        provenance: "teacher-forced" if the decoded tokens are a given text's, "generated" if the
-            model chose them.
-        template: The chat template's name; None for raw text.
-        documents: Document and domain of each run: a frame with `run`, `document` and perhaps
-            `domain`, or a mapping from run to a name or to (name, domain). By default a run's
-            number stands for its document.
-        token_ids: Write the tokens' ids. Off by default: they give the text away.
-        text: Write the tokens' texts.
-        vocabulary: Tokens that the tokenizer knows.
-        tokenizer: Hash of the tokenizer.
-        licence: Of the texts.
-
-    Returns:
-        The path.
-
-    Raises:
-        ReplayError: If the recording is of a lossy run: its routing is not the model's own.
-        StudyError: If an argument is not known, or there is no whole token.
-        MoelabError: If the file cannot be written.
-    """
-    import pyarrow as pa
-
-    if provenance not in PROVENANCE:
-        raise StudyError(
-            f"provenance must be 'teacher-forced' (the decoded tokens are a given text's) or "
-            f"'generated' (the model chose them), got {provenance!r}."
-        )
-    routing, run = recording.routing, recording.run
-    check_frame(routing)
-    routing = recover(routing, run["layers"], run["top_k"])
-    known = documents_of(documents, routing["run"].unique().tolist())
-    token = token_rows(routing)
-    about = {
-        "model": run["model"],
-        "model_type": run.get("model_type"),
-        "fingerprint": run["fingerprint"],
-        **{name: run[name] for name in ("layers", "experts", "top_k")},
-        "provenance": provenance,
-        "template": template,
-        "domains": sorted({one.domain for one in known}),
-        "documents": [[one.run, one.document, one.domain] for one in known],
-        "tokens": int(token[-1]) + 1,
-        "slots": len(routing),
-        "vocabulary": vocabulary,
-        "tokenizer": tokenizer,
-        "licence": licence,
-        "recorded": run.get("started"),
-    }
-    place = {one.run: i for i, one in enumerate(known)}
-    which = routing["run"].map(place).to_numpy()
-    more = [name for name, wanted in (("token_id", token_ids), ("text", text)) if wanted]
-
-    def tables() -> Iterator[pa.Table]:
-        layers = routing["layer"].to_numpy()
-        for layer in run["layers"]:
-            rows = np.flatnonzero(layers == layer)
-            part = routing.iloc[rows]
-            columns = {
-                name: pa.array(part[name].to_numpy())
-                for name in TYPES
-                if name in part.columns and TYPES[name] != "text"
-            }
-            columns["token"] = pa.array(token[rows].astype(np.int32))
-            columns["phase"] = _text(part["phase"].to_numpy())
-            columns["document"] = _coded(which[rows], [one.document for one in known])
-            columns["domain"] = _coded(which[rows], [one.domain for one in known])
-            if text:
-                columns["text"] = _text(part["token"].to_numpy())
-            yield pa.table({n: columns[n] for n in TYPES if n not in OPTIONAL or n in more})
-
-    return write_tables(path, about, tables())
-
-
-def write_tables(path: str | Path, about: Mapping[str, Any], tables: Iterable[Any]) -> Path:
-    """Writes a trace from pyarrow tables, one a layer, whole or not at all.
-
-    For whoever makes a trace in another way than by recording.
-
-    Args:
-        path: The file.
-        about: The metadata; `format` and `moelab` are added.
-        tables: A layer each, with the layout's columns, sorted by token and rank.
-
-    Raises:
-        MoelabError: If the file cannot be written.
-    """
-    import pyarrow.parquet as pq
-
-    from .. import __version__
-
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise MoelabError(f"{target} is a folder; a trace is one file. Name one in it.")
-    part = target.with_name(f".{target.name}-{os.getpid()}.part")
-    told = json.dumps({"format": FORMAT, "moelab": __version__, **about})
-    writer = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for table in tables:
-            if writer is None:
-                schema = table.schema.with_metadata({KEY: told.encode()})
-                small = [n for n, kind in TYPES.items() if kind in ("text", "int16")]
-                plain = dict.fromkeys(list(TYPES)[:5], "DELTA_BINARY_PACKED")
-                writer = pq.ParquetWriter(
-                    part, schema, compression="zstd", column_encoding=plain,
-                    use_dictionary=[n for n in [*small, "expert"] if n in schema.names],
-                )  # fmt: skip
-            writer.write_table(table.cast(writer.schema), row_group_size=GROUP_ROWS)
-        if writer is None:
-            raise StudyError("A trace needs at least one layer.")
-        writer.close()
-        part.replace(target)
-    except OSError as error:
-        raise MoelabError(f"The trace cannot be written to {target}: {error}") from error
-    finally:
-        if writer is not None:
-            writer.close()
-            part.unlink(missing_ok=True)
-    return target
+__all__ = ["Trace", "export_trace", "read_trace"]
 
 
 class Trace:
@@ -371,7 +187,7 @@ def read_trace(path: str | Path, *, fingerprint: str | None = None) -> Trace:
     try:
         with pq.ParquetFile(source) as file:
             schema, metadata = file.schema_arrow, file.metadata
-            groups = _groups(metadata, schema)
+            groups = row_groups(metadata, schema)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StudyError(
             f"{source} cannot be read as a trace: it is no parquet file, or was cut short when it "
@@ -392,7 +208,7 @@ def read_trace(path: str | Path, *, fingerprint: str | None = None) -> Trace:
     lacks = [name for name in ABOUT if name not in about]
     if lacks:
         raise StudyError(f"{source} does not say {', '.join(lacks)} in its metadata.")
-    _check_columns(source, schema)
+    check_columns(source, schema)
     others = sorted(set(groups) - set(about["layers"]))
     if others:
         raise SchemaError(
@@ -406,36 +222,6 @@ def read_trace(path: str | Path, *, fingerprint: str | None = None) -> Trace:
     return Trace(source, about, groups)
 
 
-def _groups(metadata: Any, schema: Any) -> dict[int, list[int]]:
-    """Finds the row groups of each layer by their statistics."""
-    found: dict[int, list[int]] = {}
-    if "layer" not in schema.names:
-        return found
-    column = schema.names.index("layer")
-    for number in range(metadata.num_row_groups):
-        told = metadata.row_group(number).column(column).statistics
-        if told is None or not told.has_min_max or told.min != told.max:
-            raise ValueError("a row group has rows of more than one layer")
-        found.setdefault(int(told.min), []).append(number)
-    return found
-
-
-def _check_columns(source: Path, schema: Any) -> None:
-    import pyarrow.types as kinds
-
-    for name, wanted in TYPES.items():
-        if name not in schema.names:
-            if name in OPTIONAL:
-                continue
-            raise SchemaError(f"{source} lacks the column {name}.")
-        kind = schema.field(name).type
-        if kinds.is_dictionary(kind):
-            kind = kind.value_type
-        text = kinds.is_string(kind) or kinds.is_large_string(kind)
-        if not (text if wanted == "text" else str(kind) in (wanted, wanted.replace("32", ""))):
-            raise SchemaError(f"{source}: the column {name} is {kind}, and it must be {wanted}.")
-
-
 def _as_recorded(frame: pd.DataFrame) -> pd.DataFrame:
     """Names and orders columns as in a recording, with those that only a trace has at the end."""
     frame = frame.drop(columns="token")
@@ -444,15 +230,3 @@ def _as_recorded(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.rename(columns={"text": "token"})
     ours = [name for name in SCHEMA["routing"] if name in frame.columns]
     return frame[[*ours, "document", "domain"]]
-
-
-def _text(values: Any) -> Any:
-    import pyarrow as pa
-
-    return pa.array(values.astype(object), pa.string()).dictionary_encode()
-
-
-def _coded(codes: np.ndarray, names: list[str]) -> Any:
-    import pyarrow as pa
-
-    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(names))
