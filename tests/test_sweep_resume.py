@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -21,10 +22,12 @@ import pytest
 import moelab
 from moelab.errors import SchemaError, StudyError
 from moelab.study import runner as running
+from moelab.study.price_policy import PricePolicy
 from moelab.study.rows import COLUMNS, checked_rows, read_part
 from moelab.study.sweep import Sweep, sweep
 from tests.support import stock
 from tests.support.sweeps import PROMPTS
+from tests.support.tiny import experts, moe_layers
 
 SETTINGS: dict[str, Any] = {
     "capacity": [9, 6], "on_miss": ["load", "drop", "substitute"], "prompts": PROMPTS[:3],
@@ -178,6 +181,35 @@ def test_more_may_be_asked_of_the_same_folder(
     assert len(few.frame) == 3, "only what was asked for"
     assert len(made) == 4 * 3
     assert len(Sweep.read(out).frame) == len(whole)
+
+
+def test_settings_of_one_name_are_not_mixed(path: Path, tmp_path: Path) -> None:
+    """Pins under one label, and policies under one name, may differ between two calls."""
+    out = tmp_path / "out"
+    settings = {**SETTINGS, "capacity": 8, "on_miss": "drop", "out": out}
+    first = sweep(path, pins=("mine", [0, 1]), **settings).frame
+    second = sweep(path, pins=("mine", [2, 3]), **settings).frame
+    assert not set(first["point"]) & set(second["point"])
+    assert second["pins"].unique().tolist() == ["mine"]
+    with pytest.raises(StudyError, match=r"two settings.*pins='mine'.*capacity=8"):
+        Sweep.read(out)  # every figure of "mine" would be a mean over both
+
+
+def test_another_table_of_prices_is_another_policy(
+    path: Path, made: list[str], tmp_path: Path
+) -> None:
+    layers, count = moe_layers("olmoe"), experts("olmoe")[0]
+    low = {layer: np.arange(1.0, count + 1) for layer in layers}
+    high = {layer: values[::-1] for layer, values in low.items()}
+    settings = {**SETTINGS, "capacity": 6, "on_miss": "drop"}
+    out = tmp_path / "out"
+    sweep(path, policy=PricePolicy(low), out=out, **settings)
+    made.clear()
+    sweep(path, policy=PricePolicy(low), out=out, **settings)
+    assert made == []
+    there = sweep(path, policy=PricePolicy(high), out=out, **settings).frame
+    assert len(made) == len(there) == 3, "rows of the other table are not taken for its own"
+    pd.testing.assert_frame_equal(there, sweep(path, policy=PricePolicy(high), **settings).frame)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ class PolicyChoice:
     name: str
     given: Any
     """What `moelab.replay` and `make_policy` take."""
+    digest: str = ""
+    """Tells policies of one name apart, where a policy has such an attribute."""
 
     @property
     def offline(self) -> bool:
@@ -164,7 +166,8 @@ def _checked_capacity(value: Any) -> int | float:
 def _policy(value: Any) -> PolicyChoice:
     if isinstance(value, str) and value in REPLAY_ONLY:
         return PolicyChoice(value, value)
-    return PolicyChoice(str(make_policy(value)().name), value)
+    made = make_policy(value)()
+    return PolicyChoice(str(made.name), value, str(getattr(made, "digest", "")))
 
 
 def _bits(value: Any) -> int | None:

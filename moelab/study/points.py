@@ -202,7 +202,7 @@ def _point(
         "slots": slots,
         "pins": [choice.label, {str(k): sorted(v) for k, v in sorted(pinned.items())}],
         "orders": {str(k): list(map(int, v)) for k, v in sorted(orders.items())},
-        "policy": policy.name,
+        "policy": [policy.name, policy.digest] if policy.digest else policy.name,
         "action": [action.name, action.settings],
         "kv_bits": bits,
         "seed": seed,

@@ -82,6 +82,8 @@ class PricePolicy(LFRU):
                 )
             table[layer] = (values / values.max()) ** power
         self._table = table
+        self.digest = _digest(table)
+        """Names the prices, so that a sweep takes no rows of others for its own."""
 
     def placed(self, layer: int) -> None:
         """Takes the prices of its layer."""

@@ -50,7 +50,8 @@ class Sweep:
         """Reads a folder that a sweep was written to, as far as it came.
 
         Raises:
-            StudyError: If the folder holds no sweep or no rows, or a part is damaged.
+            StudyError: If the folder holds no sweep or no rows, a part is damaged, or two settings
+                have the same labels.
             SchemaError: If a part was edited by hand; names the column.
         """
         folder = Path(path).expanduser()
@@ -60,6 +61,7 @@ class Sweep:
         frame = joined(parts)
         if frame is None:
             raise StudyError(f"{folder} holds a sweep without any row yet. Run it first.")
+        _check_labels(frame, folder)
         order = ["on_miss", "policy", "pins", "kv_bits", "seed", "capacity", "domain", "prompt"]
         return cls(frame.sort_values(order, kind="stable", ignore_index=True), settings, folder)
 
@@ -196,7 +198,8 @@ def sweep(
         pins: None, `moelab.Pins(…)`, a profile, a mapping from layer to ids, `"random:8"` for 8
             drawn experts a layer, or a (label, pins) pair.
         policy: Names of `moelab.policies()`, or policies of your own, which are known by their
-            name. Those that know the future have points for `"load"` only.
+            name, and by their attribute `digest` if they have one. Those that know the future have
+            points for `"load"` only.
         on_miss: Names or objects of miss actions.
         kv_bits: Bits of the key-value cache: 8, 4 or None for the model's own type.
         prompts: A file, or texts; see `moelab.quality.window.documents_of`. None for the shipped
@@ -269,6 +272,20 @@ def _run_here(
         finally:
             bar.close()
     return collected
+
+
+def _check_labels(frame: pd.DataFrame, folder: Path) -> None:
+    """Refuses rows of two settings that a frame cannot tell apart: figures would be over both."""
+    names = [*CURVE, "capacity", "bytes_slots"]
+    points = frame.drop_duplicates("point")
+    twice = points[points.duplicated(names, keep=False)]
+    if len(twice):
+        told = ", ".join(f"{name}={twice[name].tolist()[0]!r}" for name in names[:-1])
+        raise StudyError(
+            f"{folder} holds rows of two settings with the same labels ({told}), such as pins of "
+            "one label that name other experts. Call moelab.sweep again with the one that you "
+            "mean, which reads its rows alone, and give each setting a label of its own."
+        )
 
 
 def _some(values: Sequence[Any]) -> str:
