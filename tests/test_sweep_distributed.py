@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pandas as pd
 import pytest
 
@@ -14,8 +15,6 @@ from moelab.errors import StudyError
 from moelab.study.sweep import Sweep, sweep
 from tests.support import stock
 from tests.support.sweeps import PROMPTS
-
-distributed = pytest.importorskip("distributed")
 
 
 @pytest.fixture(scope="module")

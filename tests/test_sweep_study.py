@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import mlx.core as mx
 import numpy as np
 import pandas as pd
@@ -380,7 +381,7 @@ def test_blocks_of_prompts_change_nothing(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_result(path: Path) -> None:
-    pytest.importorskip("matplotlib").use("Agg")
+    matplotlib.use("Agg")
     made = sweep(path, [6, 0.5, 16], on_miss=["load", "drop"], pins=[None, "random:1"],
                  split="selection", **TINY)  # fmt: skip
     frame = made.frame
