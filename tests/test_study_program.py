@@ -94,6 +94,13 @@ def test_unknown_parts_and_scales(lab: Any, tmp_path: Path) -> None:
         run.study(lab, out=tmp_path, scale="huge")
 
 
+def test_how_far_shuffles_differ_is_no_interval_over_texts(lab: Any, tmp_path: Path) -> None:
+    found = run.study(lab, out=tmp_path, scale=SMALL, only=["policies"]).lessons.set_index("key")
+    assert (found.loc[["skew", "recency"], "value"] != 0).all()
+    assert found.loc[["skew", "recency"], ["low", "high"]].isna().all(axis=None)
+    assert found["low"]["lru-lfu"] <= found["value"]["lru-lfu"] <= found["high"]["lru-lfu"]
+
+
 def lessons(folder: Path, rows: list[tuple[str, float, float, float]]) -> Path:
     folder.mkdir()
     frame = pd.DataFrame(rows, columns=["key", "value", "low", "high"])
@@ -121,7 +128,7 @@ def test_a_lesson_counts_where_every_training_agrees(
         "sure": True, "weak": True, "split": False, "once": True, "bare": True, "zero": False
     }  # fmt: skip
     assert table["shown"].to_dict() == {
-        "sure": True, "weak": False, "split": False, "once": True, "bare": True, "zero": False
+        "sure": True, "weak": False, "split": False, "once": True, "bare": False, "zero": False
     }  # fmt: skip
     assert main(["lessons", str(a), str(b), "--out", str(tmp_path / "out")]) == 0
     page = capsys.readouterr().out
@@ -129,9 +136,21 @@ def test_a_lesson_counts_where_every_training_agrees(
     assert "| so split | 1 | -1 | nats | no |" in page
     assert "| so sure | 1 | 2 | nats | yes, shown |" in page
     assert "| so weak | 1 | 2 | nats | yes |" in page
+    assert "| so bare | 1 | 2 | nats | yes |" in page, "nobody knows how sure that is"
     assert "3 of 6 keep their sign" in page
     assert (tmp_path / "out" / "lessons.md").read_text(encoding="utf-8") in page
     with pytest.raises(StudyError, match=r"lessons\.csv"):
         run.lessons_of([a, tmp_path])
     with pytest.raises(StudyError, match="No folder"):
         run.lessons_of([])
+
+
+def test_a_lesson_of_other_words_or_without_a_figure_is_none(tmp_path: Path) -> None:
+    a = lessons(tmp_path / "a", [("worse", 1, 0.5, 2), ("none", 1, 0.5, 2)])
+    b = lessons(tmp_path / "b", [("worse", 1, 0.5, 2), ("none", np.nan, np.nan, np.nan)])
+    table = pd.read_csv(b / "lessons.csv")
+    table.loc[table["key"] == "worse", "statement"] = "so worse, at another capacity"
+    table.to_csv(b / "lessons.csv", index=False)
+    found = run.lessons_of([a, b]).set_index("key")
+    assert found["trainings"].to_dict() == {"worse": 1, "none": 1}
+    assert found["b"].isna().all() and found["statement"]["worse"] == "so worse"

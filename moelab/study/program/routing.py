@@ -140,7 +140,7 @@ def which_policy(notes: Notes) -> None:
         "(decoded tokens alone).", "gap.csv",
     )  # fmt: skip
     notes.lesson(
-        "gap-victims", "most of LRU's distance from MIN is the choice of victims",
+        "gap-victims", f"most of LRU's distance from MIN is the choice of victims, at {low}",
         {"mean": lru["victim_share"] - 0.5, "low": np.nan, "high": np.nan}, "share of the gap − ½",
     )  # fmt: skip
     split = skew_and_recency(found.recording, capacities=sizes, documents=found.documents,
@@ -154,8 +154,8 @@ def which_policy(notes: Notes) -> None:
     )  # fmt: skip
     for name, said in (("skew", "some experts are favourites of a domain"),
                        ("recency", "tokens want what tokens before them wanted")):  # fmt: skip
-        se = row[f"{name}_se"]
-        ends = {"low": row[name] - 2 * se, "high": row[name] + 2 * se}
+        # The frame's standard error is that of the shuffles, and says nothing of other texts.
+        ends = {"low": np.nan, "high": np.nan}
         notes.lesson(name, f"LRU hits because {said}, at {low}", {"mean": row[name], **ends},
                      "share of the routed slots")  # fmt: skip
     kept = policy_table(found.recording, capacities=[low], reset=None, **told)

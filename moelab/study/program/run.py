@@ -183,8 +183,9 @@ def lessons_of(folders: Iterable[str | Path]) -> pd.DataFrame:
 
     Returns:
         A row a lesson of the first study: `key`, `statement`, `unit`; a column of values a
-        folder; `trainings` (that have it), `same_sign` (they all agree), `shown` (the sign is the
-        same in all of them and the interval of each, where it has one, excludes 0).
+        folder; `trainings` (that have it, in the same words, since those name the capacity),
+        `same_sign` (they all agree), `shown` (the sign is the same in all of them, and each has an
+        interval that excludes 0).
 
     Raises:
         StudyError: If a folder has no lessons.
@@ -203,10 +204,10 @@ def lessons_of(folders: Iterable[str | Path]) -> pd.DataFrame:
     first = next(iter(read.values()))
     rows = []
     for key, lesson in first.iterrows():
-        mine = [frame.loc[key] if key in frame.index else None for frame in read.values()]
+        mine = [_same(frame, key, lesson["statement"]) for frame in read.values()]
         have = [row for row in mine if row is not None]
         signs = {int(np.sign(row["value"])) for row in have}
-        sure = all(not (row["low"] <= 0 <= row["high"]) for row in have)
+        sure = all(row["low"] > 0 or row["high"] < 0 for row in have)
         rows.append(
             {
                 "key": key, "statement": lesson["statement"], "unit": lesson["unit"],
@@ -217,6 +218,14 @@ def lessons_of(folders: Iterable[str | Path]) -> pd.DataFrame:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _same(frame: pd.DataFrame, key: Any, statement: str) -> pd.Series | None:
+    """Returns a lesson; None if there is none of these words, or none with a figure."""
+    if key not in frame.index or frame.loc[key, "statement"] != statement:
+        return None
+    row: pd.Series = frame.loc[key]
+    return row if row["value"] == row["value"] else None
 
 
 def lessons_page(table: pd.DataFrame) -> str:
@@ -231,8 +240,9 @@ def lessons_page(table: pd.DataFrame) -> str:
         "# Lessons", "",
         f"A lesson counts only if its sign is the same in every training of the model that there "
         f"is: {len(names)} ({', '.join(names)}). Values are what the statement says, positive "
-        "where it is true. *shown*: the 95% interval of every training excludes 0 as well (or the "
-        "figure has none). *seen once*: only one training has it. *no*: signs differ.", "",
+        "where it is true. *shown*: the 95% interval of every training excludes 0 as well, and a "
+        "figure without an interval is never shown. *seen once*: only one training has it. *no*: "
+        "signs differ.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
     ]  # fmt: skip
     for _, row in table.iterrows():
