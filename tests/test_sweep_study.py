@@ -21,6 +21,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import moelab
 from moelab import loading
+from moelab.check.families import build as building
+from moelab.check.families.configs import config_of
 from moelab.errors import (
     CapacityError,
     MissActionError,
@@ -40,10 +42,12 @@ from moelab.study import runner as running
 from moelab.study.points import drawn_pins
 from moelab.study.rows import COLUMNS, checked_rows
 from moelab.study.sweep import Sweep, sweep
-from tests.support import stock
+from tests.support import stock, tiny
 from tests.support.sweeps import PROMPTS
 
 PREFIX, TOKENS = 12, 5
+PICKED = 8
+"""Slots a token of the tiny longcat: two layers of four."""
 TINY: dict[str, Any] = {
     "prompts": PROMPTS, "prefix": PREFIX, "tokens": TOKENS, "progress": False,
 }  # fmt: skip
@@ -130,6 +134,16 @@ def test_replayed_points_are_what_a_run_does(path: Path, pins: Any) -> None:
             loaded += rows["loads"].sum()
             assert (rows["loads"].sum() == 0) == (capacity == 16)
     assert loaded > 100
+
+
+def test_slots_that_weigh_nothing_are_not_routed(tmp_path: Path) -> None:
+    """Longcat's identities reach the bank as expert 0 at weight 0: loaded, and no hit."""
+    odd = building.build(tmp_path / "odd", config_of("longcat_flash"), quant=tiny.QUANT)
+    found = sweep(odd, capacity=8, on_miss=["load", "drop"], **TINY).frame
+    with moelab.load(odd, 8) as lab:
+        check_exact(found[found["on_miss"] == "load"], lab, windows(lab))
+    rows = found.pivot(index="prompt", columns="on_miss", values="routed")
+    assert (rows < PICKED * TOKENS).any().all()
 
 
 def test_quality_of_exact_points_is_the_full_models(path: Path) -> None:

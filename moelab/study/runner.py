@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import numpy as np
 
 from ..errors import StudyError
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     from ..experts.event import LayerEvent
     from ..routing.steps import Step
 
-ROUTED = ("run", "step", "layer", "rank", "expert")
-"""What a replay needs of a routing frame."""
+ROUTED = ("run", "step", "layer", "rank", "expert", "counts")
+"""What a replay needs of a routing frame; and whether the slot counts, 1 or 0. One of weight 0 is
+not routed: a family with identity experts sends them to the bank under the id of a real one."""
 
 PREFIX, JUDGED = 0, 1
 """Runs of the frames that are replayed here."""
@@ -121,9 +123,16 @@ class Watched:
                 flat = ids.reshape(-1, ids.shape[-1])
                 ranks = np.broadcast_to(np.arange(flat.shape[1]), flat.shape)
                 same = [np.full(flat.size, value) for value in (run, step, event.layer)]
-                parts.append(np.stack([*same, ranks.ravel(), flat.ravel()]))
+                parts.append(np.stack([*same, ranks.ravel(), flat.ravel(), _counts(event)]))
         columns = dict(zip(ROUTED, np.concatenate(parts, axis=1), strict=True))
         return pd.DataFrame(columns).astype("int32")
+
+
+def _counts(event: LayerEvent) -> np.ndarray:
+    """Returns 1 for each slot that is routed and 0 for those of weight 0; unknown weights count."""
+    if event.weights is None:
+        return np.ones(np.array(event.ids).size, np.int32)
+    return (np.array(event.weights.astype(mx.float32)).ravel() != 0).astype(np.int32)
 
 
 @contextlib.contextmanager
@@ -230,12 +239,13 @@ class Runner:
             initial=initial_contents(point, layers),
             experts={layer.layer: layer.experts for layer in layers},
         )
-        events = played.events[played.events["run"] == JUDGED]
+        judged_slots = played.routing["run"].eq(JUDGED) & played.routing["counts"].eq(1)
+        hit = played.routing.loc[judged_slots, "hit"]
         loads = played.loads[played.loads["run"] == JUDGED]
         read = loads.groupby("layer").size().to_dict()
         return self._row(
             point, window, quality, read,
-            routed=int(events["slots"].sum()), hits=int(events["hits"].sum()),
+            routed=len(hit), hits=int(hit.sum()),
             slots=self.facts.slots_bytes(point.slots), low_bit=0, cache=held,
         )  # fmt: skip
 
