@@ -28,7 +28,7 @@ class Scale:
     """Tokens a text, after the prefix, of the recordings that policies are replayed on."""
     half: float = 0.5
     """The capacity of what is looked at closely."""
-    misses: int = 24
+    misses: int = 12
     """Forced misses a text and action."""
     tasks: int = 50
     generations: int = 2
