@@ -68,7 +68,7 @@ def clusters_of(
         SchemaError: If a column is missing or is not numbers.
         StudyError: If the frame is empty, a value is NaN or infinite, or weights are not positive.
     """
-    columns = [by] if isinstance(by, str) else list(by)
+    columns = names_of(by)
     for name in [value, cluster, *columns, *[n for n in (strata, weights) if n is not None]]:
         if name not in frame.columns:
             raise SchemaError(
@@ -93,6 +93,22 @@ def clusters_of(
     layer = np.zeros(shape[0], np.int64)
     layer[document] = stratum
     return Clusters(sums, sizes, layer, keys)
+
+
+def names_of(by: str | Sequence[str]) -> list[str]:
+    """Returns the columns that group, given as one name or several."""
+    return [by] if isinstance(by, str) else list(by)
+
+
+def require_columns(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    """Refuses a frame that lacks a column.
+
+    Raises:
+        SchemaError: Names the first column that is missing.
+    """
+    for name in names:
+        if name not in frame.columns:
+            raise SchemaError(f"The frame has no column {name!r}.")
 
 
 def _numbers(frame: pd.DataFrame, name: str) -> Array:

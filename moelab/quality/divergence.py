@@ -43,12 +43,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
 
 
-def entropies(logits: np.ndarray) -> np.ndarray:
-    """Returns the entropy of each row, nats, float64, for logits of (rows, vocabulary)."""
-    logp = log_softmax(logits)
-    return np.asarray(-(np.exp(logp) * logp).sum(-1))
-
-
 def diverge(reference: np.ndarray, constrained: np.ndarray, wanted: np.ndarray) -> Divergence:
     """Compares two runs' predictions.
 

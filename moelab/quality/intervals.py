@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import SchemaError, StudyError
-from .clusters import Clusters, clusters_of
+from ..errors import StudyError
+from .clusters import Clusters, clusters_of, names_of, require_columns
 from .resampling import RESAMPLES, largest, largest_t, resampled
-from .spread import freedom, influence, quantiles
+from .spread import checked_level, freedom, influence, quantiles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,7 @@ def clustered(
         StudyError: If the frame is empty or a value is NaN or infinite.
     """
     data = clusters_of(frame, value, by, cluster=cluster, strata=strata, weights=weights)
-    return _table(data, by, quantiles(_level(level), freedom(data)), limits)
+    return _table(data, by, quantiles(checked_level(level), freedom(data)), limits)
 
 
 def paired(
@@ -119,9 +119,8 @@ def paired(
     """
     import pandas as pd
 
-    columns = [by] if isinstance(by, str) else list(by)
-    if contrast not in frame.columns:
-        raise SchemaError(f"The frame has no column {contrast!r}.")
+    columns = names_of(by)
+    require_columns(frame, [contrast])
     for setting in settings:
         if not (frame[contrast] == setting).any():
             raise StudyError(
@@ -145,7 +144,7 @@ def paired(
             f"documents, so their difference is not paired. Keep the documents that both have."
         )
     gap = Clusters(data.sums[:, a] - data.sums[:, b], data.sizes[:, a], data.strata, keys)
-    return _table(gap, by, quantiles(_level(level), freedom(gap)), None)
+    return _table(gap, by, quantiles(checked_level(level), freedom(gap)), None)
 
 
 def simultaneous(
@@ -181,7 +180,7 @@ def simultaneous(
     """
     data = clusters_of(frame, value, by, cluster=cluster, strata=strata, weights=weights)
     moves, df = influence(data), freedom(data)
-    factor = largest(moves, df, _level(level), sides=sides, resamples=resamples, seed=seed)
+    factor = largest(moves, df, checked_level(level), sides=sides, resamples=resamples, seed=seed)
     return _table(data, by, factor, None)
 
 
@@ -213,7 +212,7 @@ def _table(
 ) -> pd.DataFrame:
     import pandas as pd
 
-    columns = [by] if isinstance(by, str) else list(by)
+    columns = names_of(by)
     means = data.means
     se = np.sqrt((influence(data) ** 2).sum(0))
     low, high = means - factor * se, means + factor * se
@@ -233,9 +232,3 @@ def _table(
             "documents": data.documents,
         }
     )
-
-
-def _level(level: float) -> float:
-    if not 0 < level < 1:
-        raise StudyError(f"level must be between 0 and 1, got {level!r}.")
-    return level

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import StudyError
 from .clusters import Clusters
 
 if TYPE_CHECKING:
@@ -86,3 +87,14 @@ def quantiles(level: float, df: Array, sides: int = 2) -> Array:
     from scipy import stats
 
     return np.asarray(stats.t.ppf(1 - (1 - level) / sides, df))
+
+
+def checked_level(level: float) -> float:
+    """Returns a level of confidence as it is.
+
+    Raises:
+        StudyError: If it is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise StudyError(f"level must be between 0 and 1, got {level!r}.")
+    return level

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import SchemaError, StudyError
+from .clusters import names_of
 from .divergence import standardised_shift
 from .intervals import clustered
 
@@ -116,7 +117,7 @@ def summarise(
     import pandas as pd
 
     check_tokens(tokens)
-    columns = [by] if isinstance(by, str) else list(by)
+    columns = names_of(by)
     for name in columns:
         if name not in tokens.columns:
             raise SchemaError(f"The frame has no column {name!r} to group by.")

@@ -33,9 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..display import facts_html, facts_text
-from ..errors import StudyError
 from ..quality.resampling import largest_t, resampled
-from ..quality.spread import freedom, influence
+from ..quality.spread import checked_level, freedom, influence
 from .curve import Curve, curve_of
 from .shapes import Design, Ramp, best, design, gap_interval, parts, predicted, slope_interval
 from .statements import Within, capacity_within
@@ -163,8 +162,7 @@ def cliff(
     """
     import pandas as pd
 
-    if not 0 < level < 1:
-        raise StudyError(f"level must be between 0 and 1, got {level!r}.")
+    checked_level(level)
     strata = strata if strata in frame.columns else None
     weights = weights if weights in frame.columns else None
     curve = curve_of(frame, x, y, cluster=cluster, strata=strata, weights=weights)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..display import facts_html, facts_text
 from ..errors import SchemaError, StudyError
-from ..quality.clusters import Clusters, clusters_of
+from ..quality.clusters import Clusters, clusters_of, names_of, require_columns
 from ..quality.intervals import simultaneous
 from ..quality.resampling import RESAMPLES, largest
 from ..quality.spread import freedom, influence
@@ -149,10 +149,8 @@ def capacities_within(
     """
     import pandas as pd
 
-    columns = [by] if isinstance(by, str) else list(by)
-    for name in columns:
-        if name not in frame.columns:
-            raise SchemaError(f"The frame has no column {name!r}.")
+    columns = names_of(by)
+    require_columns(frame, columns)
     refuse_several(frame, [x, *columns])
     found = _within(
         frame, tolerances, columns, y=y, x=x, cluster=cluster, strata=strata, weights=weights,
@@ -220,10 +218,8 @@ def best_set(
 
     if best not in ("low", "high"):
         raise StudyError(f"best must be 'low' or 'high', got {best!r}.")
-    columns = [by] if isinstance(by, str) else list(by)
-    for name in columns:
-        if name not in frame.columns:
-            raise SchemaError(f"The frame has no column {name!r}.")
+    columns = names_of(by)
+    require_columns(frame, columns)
     refuse_several(frame, columns)
     data = clusters_of(frame, y, columns, cluster=cluster, strata=strata, weights=weights)
     _same_documents(data, columns)
