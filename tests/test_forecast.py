@@ -256,6 +256,12 @@ def test_parts_are_found_again_whatever_a_few_points_say() -> None:
     assert found == pytest.approx(truth, rel=1e-6)
     assert residual == pytest.approx(0, abs=1e-9)
     assert (ranges[:, 0] <= found + 1e-9).all() and (ranges[:, 1] >= found - 1e-9).all()
+    # Each run has a slow observation, which no median of single ones sees: its sum counts.
+    skewed = np.tile([1.0, 1.0, 1.0, 5.0], 10)
+    mean, _, _ = fitted_parts(np.ones((40, 1)), skewed, np.repeat(np.arange(10), 4))
+    assert mean == pytest.approx([2.0])
+    even, _, _ = fitted_parts(np.ones((40, 1)), np.tile([1.0, 2.0, 2.0, 3.0], 10))
+    assert even == pytest.approx([2.0])
     # No part is negative, although the best line here would fall.
     down, _, _ = fitted_parts(np.column_stack([np.ones(4), np.arange(4)]), np.array([4.0, 3, 2, 1]))
     assert (down >= 0).all() and down[1] == 0

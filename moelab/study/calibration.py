@@ -325,7 +325,8 @@ def calibrate(
             if not len(rows):
                 parts[phase] = None
                 continue
-            fitted, ranges, residuals[phase] = fitted_parts(rows[:, 1:], rows[:, 0])
+            runs = np.array(seen.runs[phase])
+            fitted, ranges, residuals[phase] = fitted_parts(rows[:, 1:], rows[:, 0], runs)
             parts[phase] = dict(zip(names, fitted.tolist(), strict=True))
             for name, pair in zip(names, ranges.tolist(), strict=True):
                 spread[f"{phase}.{name}"] = pair
@@ -337,35 +338,54 @@ def calibrate(
         )  # fmt: skip
 
 
-def fitted_parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def fitted_parts(
+    x: np.ndarray, y: np.ndarray, run: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Fits parts, none negative, by least absolute relative deviations.
+
+    Deviations are taken relative to the fit, not to what was observed, which would favour the
+    quick observations. Then all parts are multiplied by the median over runs of a run's seconds
+    over its fitted ones: interruptions are in every long run, and a sum of medians has none.
 
     Args:
         x: What there was of each part, float64 (observations, parts).
         y: Seconds, float64 (observations,), above 0.
+        run: Which run each observation is of, int64 (observations,); None for one each.
 
     Returns:
         The parts, float64 (parts,); their 5% and 95% quantiles over resampled observations,
         (parts, 2); the median of |fit − y| / y.
     """
-    found = _least_deviations(x, y)
+    groups = np.arange(len(y)) if run is None else np.unique(run, return_inverse=True)[1]
+    found = _fitted(x, y, groups)
     random = np.random.default_rng(0)
     draws = random.integers(0, len(y), (RESAMPLES, len(y)))
-    again = np.stack([_least_deviations(x[d], y[d]) for d in draws])
+    again = np.stack([_fitted(x[d], y[d], groups[d]) for d in draws])
     ranges = np.quantile(again, [0.05, 0.95], axis=0).T
     return found, ranges, float(np.median(np.abs(x @ found - y) / y))
 
 
-def _least_deviations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _fitted(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    found = _least_deviations(x, y, y)
+    for _ in range(2):
+        found = _least_deviations(x, y, np.maximum(x @ found, y / 100))
+    there = np.unique(groups)
+    took = np.bincount(groups, y)[there]
+    told = np.bincount(groups, x @ found)[there]
+    return found * float(np.median(took / np.maximum(told, took / 100)))
+
+
+def _least_deviations(x: np.ndarray, y: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Minimises Σ |x·parts − y| / unit, no part negative."""
     from scipy.optimize import linprog
 
     scale = np.maximum(np.abs(x).max(axis=0), 1e-12)
-    a = x / scale / y[:, None]
+    a = x / scale / unit[:, None]
     n, k = a.shape
-    # min Σ (u + v) with a·b + u − v = 1 and b, u, v ≥ 0.
+    # min Σ (u + v) with a·b + u − v = y / unit and b, u, v ≥ 0.
     eye = np.eye(n)
     cost = np.concatenate([np.zeros(k), np.ones(2 * n)])
-    done = linprog(cost, A_eq=np.hstack([a, eye, -eye]), b_eq=np.ones(n), method="highs")
+    done = linprog(cost, A_eq=np.hstack([a, eye, -eye]), b_eq=y / unit, method="highs")
     if done.x is None:
         raise StudyError(f"The seconds could not be fitted: {done.message}")
     parts: np.ndarray = np.maximum(done.x[:k], 0) / scale
@@ -475,7 +495,14 @@ class _Seen:
 
     capacities: list[list[int]] = field(default_factory=list)
     rows: dict[str, list[list[float]]] = field(default_factory=lambda: {p: [] for p in PARTS})
+    runs: dict[str, list[int]] = field(default_factory=lambda: {p: [] for p in PARTS})
+    """Which run each observation is of."""
     longest: int = 0
+
+    def note(self, phase: str, run: int, row: list[float]) -> None:
+        """Adds an observation."""
+        self.rows[phase].append(row)
+        self.runs[phase].append(run)
 
 
 def _measure(
@@ -525,6 +552,7 @@ def _note(
 ) -> None:
     """Adds observations of one prompt, from an empty bank and perhaps once more."""
     prefix = "whole_" if whole else ""
+    number = len(set(seen.runs[f"{prefix}decode"]))
     slots = {site.layer: c for site, c in zip(lab.sites, lab.capacities, strict=True)}
     for at in range(0, len(first.steps) - STRETCH + 1, STRETCH):
         part = first.steps[at : at + STRETCH]
@@ -533,7 +561,7 @@ def _note(
         row = [seconds, STRETCH, context]
         if not whole:
             row += [sum(m for _, m, _ in part), sum(n for _, _, n in part)]
-        seen.rows[f"{prefix}decode"].append(row)
+        seen.note(f"{prefix}decode", number, row)
     for run in (first, second):
         # Of one chunk that began with an empty bank, every expert was loaded, once.
         if run is None or len(run.chunks) != 1:
@@ -545,7 +573,7 @@ def _note(
             needed = first.chunks[0][2]
             swept = sum(n > slots[layer] for layer, n in needed.items())
             row += [needed.total(), loads.total(), swept]
-        seen.rows[f"{prefix}prefill"].append(row)
+        seen.note(f"{prefix}prefill", len(seen.rows[f"{prefix}prefill"]), row)
 
 
 def _streams(lab: Lab, length: int) -> list[list[int]]:
