@@ -12,7 +12,7 @@ import pytest
 import moelab
 from moelab.cli import main
 from moelab.errors import StudyError
-from moelab.study.program import run
+from moelab.study.program import quality, run
 from moelab.study.program.notes import Notes
 from moelab.study.program.plan import SCALES, Scale, capacities, scale_of, texts_for
 
@@ -92,6 +92,15 @@ def test_unknown_parts_and_scales(lab: Any, tmp_path: Path) -> None:
         run.study(lab, out=tmp_path, only=["pinz"])
     with pytest.raises(StudyError, match="full, signs, tiny"):
         run.study(lab, out=tmp_path, scale="huge")
+
+
+def test_the_first_layer_agrees_by_construction(lab: Any, tmp_path: Path) -> None:
+    notes = Notes(lab, SMALL, tmp_path, "")
+    quality._deeper(notes, "drop", pd.DataFrame({"agreement": [1.0, 0.8, 0.7, 0.9]}))
+    quality._deeper(notes, "drop", pd.DataFrame({"agreement": [1.0, 0.8]}))
+    notes.close("why", 0.0)
+    (lesson,) = notes.read("why")["lessons"]
+    assert lesson.value == pytest.approx(-0.1), "not the 0.1 that the first layer gives"
 
 
 def test_how_far_shuffles_differ_is_no_interval_over_texts(lab: Any, tmp_path: Path) -> None:

@@ -247,14 +247,7 @@ def why(notes: Notes) -> None:
                 ("inherited", f"part of the damage of `{action}` is inherited by later tokens"),
             ):
                 notes.lesson(f"{share}-{action}", said, whole.loc[share], "share of the damage")
-            first, last = found.routing_agreement.iloc[0], found.routing_agreement.iloc[-1]
-            nothing = float("nan")
-            notes.lesson(
-                f"agreement-{action}", f"under `{action}` routers agree with the full model's less "
-                "in the last layer than in the first",
-                {"mean": first["agreement"] - last["agreement"], "low": nothing, "high": nothing},
-                "share of the experts",
-            )  # fmt: skip
+            _deeper(notes, action, found.routing_agreement)
     notes.frame("comparisons", pd.concat(summaries, ignore_index=True))
     told = notes.frame("shares", pd.concat(shares, ignore_index=True))
     split = notes.frame("arms", pd.concat(arms, ignore_index=True))
@@ -262,6 +255,22 @@ def why(notes: Notes) -> None:
     notes.chart("arms", plots.arms(split, noise_floor=floor, note=notes.note))
     notes.chart("shares", plots.damage_shares(told[told["domain"] == "all"], note=notes.note))
     notes.chart("agreement", plots.agreement(agreed, note=notes.note))
+
+
+def _deeper(notes: Notes, action: str, agreement: pd.DataFrame) -> None:
+    """Notes whether agreement falls with depth, from where it can.
+
+    What the first MoE layer's router sees has been through no expert, so it agrees by construction.
+    """
+    if len(agreement) < 3:
+        return
+    nothing = float("nan")
+    fall = agreement["agreement"].iloc[1] - agreement["agreement"].iloc[-1]
+    notes.lesson(
+        f"agreement-{action}", f"under `{action}` routers agree with the full model's less in the "
+        "last MoE layer than in the second, the first that can differ",
+        {"mean": fall, "low": nothing, "high": nothing}, "share of the experts",
+    )  # fmt: skip
 
 
 def writing(notes: Notes) -> None:
