@@ -14,7 +14,8 @@ import moelab
 from moelab.errors import PinsError, PolicyError, StudyError
 from moelab.quality.recorded import RecordedTexts, record_texts
 from moelab.routing.recording import Recording
-from moelab.study.pin_transfer import PinTransfer, drawn_pins, pin_transfer
+from moelab.study.drawn import drawn_pins
+from moelab.study.pin_transfer import PinTransfer, pin_transfer
 from tests.support import tiny
 from tests.test_misses import folder
 
@@ -63,7 +64,8 @@ def test_hits_are_those_of_the_replay(
         decoded = told[told["phase"] == "decode"]
         return int(decoded["hit"].sum()), len(decoded)
 
-    drawn = drawn_pins(dict.fromkeys(tiny.moe_layers("olmoe"), experts), 3, 5, 0)
+    sizes = dict.fromkeys(tiny.moe_layers("olmoe"), experts)
+    drawn = [drawn_pins(sizes, 3, seed) for seed in range(5)]
     for row in found.documents.iloc[::4].itertuples():
         assert (row.hits, row.slots) == hits(row.document, found.pins[row.train])
         assert row.hits_unpinned == hits(row.document, None)[0]

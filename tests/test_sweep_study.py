@@ -39,7 +39,7 @@ from moelab.quality.judge import Reference, copied, judge, quantised
 from moelab.quality.window import Window, windows_of
 from moelab.routing import replay as replaying
 from moelab.study import runner as running
-from moelab.study.points import drawn_pins
+from moelab.study.drawn import drawn_pins
 from moelab.study.rows import COLUMNS, checked_rows
 from moelab.study.sweep import Sweep, sweep
 from tests.support import stock, tiny
@@ -318,7 +318,7 @@ def test_drawn_pins(path: Path) -> None:
     assert found.groupby(["on_miss", "pins"]).size().tolist() == [4, 12, 4, 12]
     for seed in (0, 3, 7):
         with moelab.load(path, 6) as lab:
-            pins = drawn_pins(2, seed, lab.sites)  # type: ignore[arg-type]
+            pins = drawn_pins({site.layer: site.experts for site in lab.sites}, 2, seed)
         assert all(len(ids) == 2 for ids in pins.values())
         rows = found[(found["seed"] == seed) & (found["pins"] == "random:2")]
         with moelab.load(path, 6, pins=pins) as lab:

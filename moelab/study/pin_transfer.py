@@ -24,6 +24,7 @@ from ..quality.intervals import simultaneous
 from ..quality.recorded import RecordedTexts, record_texts
 from ..quality.window import documents_of, few_of_each
 from ..routing.events import LayerEvents, check_frame, layer_events, steps_of
+from .drawn import drawn_pins
 from .pin_results import PinSet, PinTransfer
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..lab import Lab
 
-__all__ = ["PinTransfer", "drawn_pins", "hits_of", "learned_pins", "pin_transfer"]
+__all__ = ["PinTransfer", "hits_of", "learned_pins", "pin_transfer"]
 
 ALL = "all"
 """What pins learned on all domains together are called."""
@@ -73,7 +74,8 @@ def pin_transfer(
         tokens: Tokens after them, one a step.
         documents: Shipped texts of each domain at most, where none are given.
         random: Drawn pin sets.
-        seed: Of the drawn sets.
+        seed: Of the first drawn set; each further one has the next. They are the sets that a
+            sweep draws for `"random:N"` from these seeds.
 
     Returns:
         Gains by pair of domains.
@@ -99,7 +101,7 @@ def pin_transfer(
         raise StudyError(f"{policy!r} knows the future, and pins for it would help nobody.")
     name = make_policy(policy)().name
     pins = learned_pins(learned.routing, experts, pins_top)
-    drawn = drawn_pins(experts, pins_top, random, seed)
+    drawn = [_drawn(experts, pins_top, seed + number) for number in range(random)]
     rows = _played(judged, capacity, pins, drawn, policy)
     frame = _pairs(rows, capacity, pins_top, name)
     settings = {
@@ -139,16 +141,8 @@ def learned_pins(routing: pd.DataFrame, experts: Mapping[int, int], top: int) ->
     return found
 
 
-def drawn_pins(experts: Mapping[int, int], top: int, sets: int, seed: int) -> list[PinSet]:
-    """Returns pin sets drawn at random, every expert alike."""
-    random = np.random.default_rng(seed)
-    return [
-        {
-            layer: sorted(random.choice(size, top, replace=False).tolist())
-            for layer, size in experts.items()
-        }
-        for _ in range(sets)
-    ]
+def _drawn(experts: Mapping[int, int], top: int, seed: int) -> PinSet:
+    return {layer: sorted(ids) for layer, ids in drawn_pins(experts, top, seed).items()}
 
 
 def _counts(routing: pd.DataFrame, layer: int, size: int) -> np.ndarray:

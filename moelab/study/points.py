@@ -13,17 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-
-from ..errors import PinsError, StudyError
+from ..errors import StudyError
 from ..experts.capacity import fixed_capacities
 from ..experts.lossy import initial_order
 from ..experts.misses import MissAction
 from ..experts.pins import Pins, check_room, resolve_pins
 from ..experts.policies import make_policy
 from ..experts.profile import Profile
-from .asked import NO_PINS, RANDOM, Asked, PinsChoice, PolicyChoice, action_label
+from .asked import NO_PINS, Asked, PinsChoice, PolicyChoice, action_label
 from .bytes import LayerFacts
+from .drawn import drawn_pins
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,33 +157,13 @@ def _held(
     """Returns the pins of a setting, and the profile's order of experts if there is one."""
     profile = wanted.profile
     if choice.drawn is not None:
-        pins = drawn_pins(choice.drawn, seed, layers)
+        pins = drawn_pins({x.layer: x.experts for x in layers}, choice.drawn, seed)
         check_room(pins, layers, slots)
     else:
         pins = resolve_pins(choice.spec, layers, slots, fingerprint=fingerprint)
         if isinstance(choice.spec, Pins):
             profile = cast(Profile, choice.spec.profile)
     return pins, {} if profile is None else profile.orders()
-
-
-def drawn_pins(count: int, seed: int, layers: Sequence[LayerFacts]) -> dict[int, frozenset[int]]:
-    """Draws pins: in each layer `count` experts without replacement, every set as likely.
-
-    A layer's draw depends on the seed and the layer only.
-
-    Raises:
-        PinsError: If a layer has fewer experts.
-    """
-    found = {}
-    for layer in layers:
-        if count > layer.experts:
-            raise PinsError(
-                f"'{RANDOM}{count}' is more than the {layer.experts} experts of layer "
-                f"{layer.layer}."
-            )
-        random = np.random.default_rng([seed, layer.layer])
-        found[layer.layer] = frozenset(random.choice(layer.experts, count, replace=False).tolist())
-    return found
 
 
 def _point(
