@@ -39,6 +39,20 @@ Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @compiled
+def _no_counts(groups: int, experts: int) -> Counts:
+    shape = (groups, experts + 1)
+    return np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float64)
+
+
+@compiled
+def _count(counts: Counts, group: int, place: int, slots: int, mass: float) -> None:
+    """Counts one pair in a place."""
+    counts[0][group, place] += 1
+    counts[1][group, place] += slots
+    counts[2][group, place] += mass
+
+
+@compiled
 def next_uses(start: np.ndarray, expert: np.ndarray, fresh: np.ndarray, experts: int) -> np.ndarray:
     """Returns for each pair the event of the expert's next use.
 
@@ -69,9 +83,7 @@ def lru_places(
     groups: int,
 ) -> Counts:
     """Counts places in the LRU stack; exact for capacities that no event exceeds."""
-    pairs_at = np.zeros((groups, experts + 1), np.int64)
-    slots_at = np.zeros((groups, experts + 1), np.int64)
-    mass_at = np.zeros((groups, experts + 1), np.float64)
+    counts = _no_counts(groups, experts)
     stack = np.empty(experts, np.int32)
     aside = np.empty(experts, np.int32)
     known = np.zeros(experts, np.bool_)
@@ -91,9 +103,7 @@ def lru_places(
                 continue
             known[one] = True
             if to >= 0:
-                pairs_at[to, experts] += 1
-                slots_at[to, experts] += slots[pair]
-                mass_at[to, experts] += mass[pair]
+                _count(counts, to, experts, slots[pair], mass[pair])
         new = end - begin - left
         place = passed = 0
         while left:
@@ -106,9 +116,7 @@ def lru_places(
                 wanted[one] = -1
                 left -= 1
                 if to >= 0:
-                    pairs_at[to, place] += 1
-                    slots_at[to, place] += slots[pair]
-                    mass_at[to, place] += mass[pair]
+                    _count(counts, to, place, slots[pair], mass[pair])
             place += 1
         if new:
             for i in range(depth - 1, place - 1, -1):
@@ -119,7 +127,7 @@ def lru_places(
             stack[size + i] = aside[i]
         for i in range(size):
             stack[i] = expert[end - 1 - i]
-    return pairs_at, slots_at, mass_at
+    return counts
 
 
 @compiled
@@ -179,9 +187,7 @@ def min_places(
         following: What `next_uses` gave.
         forced: Every miss is admitted; then exact for capacities that no event exceeds.
     """
-    pairs_at = np.zeros((groups, experts + 1), np.int64)
-    slots_at = np.zeros((groups, experts + 1), np.int64)
-    mass_at = np.zeros((groups, experts + 1), np.float64)
+    counts = _no_counts(groups, experts)
     stack = np.empty(experts, np.int32)
     known = np.zeros(experts, np.bool_)
     wanted = np.full(experts, -1, np.int64)
@@ -207,9 +213,7 @@ def min_places(
             known[one] = True
             new += 1
             if to >= 0:
-                pairs_at[to, experts] += 1
-                slots_at[to, experts] += slots[pair]
-                mass_at[to, experts] += mass[pair]
+                _count(counts, to, experts, slots[pair], mass[pair])
         place = 0
         if forced:
             for i in range(end - begin):
@@ -222,9 +226,7 @@ def min_places(
                     else:
                         wanted[one] = -1
                         if to >= 0:
-                            pairs_at[to, i] += 1
-                            slots_at[to, i] += slots[pair]
-                            mass_at[to, i] += mass[pair]
+                            _count(counts, to, i, slots[pair], mass[pair])
                 stack[i] = expert[end - 1 - i]
             place = end - begin
         while size:
@@ -240,16 +242,14 @@ def min_places(
                     continue
                 wanted[one] = -1
                 if to >= 0:
-                    pairs_at[to, place] += 1
-                    slots_at[to, place] += slots[pair]
-                    mass_at[to, place] += mass[pair]
+                    _count(counts, to, place, slots[pair], mass[pair])
             stack[place] = experts - 1 - best % experts
             size -= 1
             if size:
                 _sink(rest, size, rest[size])
             place += 1
         depth += new
-    return pairs_at, slots_at, mass_at
+    return counts
 
 
 @compiled
@@ -267,9 +267,7 @@ def later_uses(
 
     The last column is that of first uses.
     """
-    pairs_of = np.zeros((groups, experts + 1), np.int64)
-    slots_of = np.zeros((groups, experts + 1), np.int64)
-    mass_of = np.zeros((groups, experts + 1), np.float64)
+    counts = _no_counts(groups, experts)
     known = np.zeros(experts, np.bool_)
     for event in range(len(group)):
         if fresh[event]:
@@ -279,8 +277,6 @@ def later_uses(
             one = expert[pair]
             if to >= 0:
                 at = one if known[one] else experts
-                pairs_of[to, at] += 1
-                slots_of[to, at] += slots[pair]
-                mass_of[to, at] += mass[pair]
+                _count(counts, to, at, slots[pair], mass[pair])
             known[one] = True
-    return pairs_of, slots_of, mass_of
+    return counts
