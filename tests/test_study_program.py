@@ -94,6 +94,25 @@ def test_unknown_parts_and_scales(lab: Any, tmp_path: Path) -> None:
         run.study(lab, out=tmp_path, scale="huge")
 
 
+def test_memory_that_holds_the_whole_model_is_no_budget(lab: Any, tmp_path: Path) -> None:
+    found = moelab.sweep(
+        lab, [16, 48], on_miss=["load", "drop", "low_bit", "substitute", "reroute"], prefix=6,
+        tokens=2, split="test", prompts=texts_for(lab, SMALL, "test")[:4], progress=False,
+    ).frame  # fmt: skip
+    with moelab.load("lab", 1.0) as all_of_it:
+        memory = all_of_it.memory()
+    whole = memory.total + int(found["bytes_cache"].max())
+    notes = Notes(lab, SMALL, tmp_path, "")
+    assert quality._whole_bytes(notes, found) == whole
+    assert (found.query("on_miss == 'low_bit' and capacity == 48")["bytes"] > whole).all()
+    quality._same_memory(notes, found)
+    table = pd.read_csv(tmp_path / "equal-bytes.csv")
+    assert len(table) and (table["budget"] < whole).all()
+    notes.close("small", 0.0)
+    said = notes.read("small")["findings"][0].text
+    assert f"{whole / 1e6:.1f} MB; `low_bit` takes as much or more from 48 experts on." in said
+
+
 def test_the_first_layer_agrees_by_construction(lab: Any, tmp_path: Path) -> None:
     notes = Notes(lab, SMALL, tmp_path, "")
     quality._deeper(notes, "drop", pd.DataFrame({"agreement": [1.0, 0.8, 0.7, 0.9]}))

@@ -11,6 +11,7 @@ from ...quality.compare import compare, noise_floor
 from ...quality.generation import compare_generation
 from ...quality.intervals import clustered, paired
 from ...quality.tasks import run_tasks
+from ..bytes import facts_of
 from ..cliff import cliff
 from ..comparators import comparators
 from ..statements import best_set, capacities_within
@@ -123,7 +124,17 @@ def _same_memory(notes: Notes, rows: pd.DataFrame) -> None:
     # Sizes at which all of the bank's actions have a point.
     own = points[points["on_miss"].isin(ACTIONS)]
     least = int(own.groupby("on_miss")["bytes"].min().max())
-    budgets = sorted(int(b) for b in own["bytes"].unique() if b >= least)
+    whole = _whole_bytes(notes, rows)
+    over = own[own["bytes"] >= whole].groupby("on_miss", sort=False)["capacity"].min()
+    notes.found(
+        EQUAL, f"The whole model, which is exact, takes {whole / 1e6:.1f} MB"
+        + "".join(f"; `{name}` takes as much or more from {size} experts on"
+                  for name, size in over.items()) + ".", "points.csv",
+    )  # fmt: skip
+    # With as much memory as the whole model takes, nobody would take any of these.
+    budgets = sorted(int(b) for b in own["bytes"].unique() if least <= b < whole)
+    if not budgets:
+        return
     budgets = [budgets[i] for i in sorted({0, len(budgets) // 2, len(budgets) - 1})]
     tables = []
     for budget in budgets:
@@ -152,6 +163,13 @@ def _same_memory(notes: Notes, rows: pd.DataFrame) -> None:
     import pandas as pd
 
     notes.frame("equal-bytes", pd.concat(tables, ignore_index=True))
+
+
+def _whole_bytes(notes: Notes, rows: pd.DataFrame) -> int:
+    """Returns what the model takes with all its experts, counted as a sweep counts."""
+    facts = facts_of(notes.lab)
+    experts = facts.slots_bytes([layer.experts for layer in facts.layers])
+    return experts + facts.trunk + int(rows["bytes_cache"].max())
 
 
 def _sizes(notes: Notes, rows: pd.DataFrame) -> None:
