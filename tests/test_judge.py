@@ -13,7 +13,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    QuantizedKVCache,
+    make_prompt_cache,
+)
 from scipy import special, stats
 
 import moelab
@@ -23,7 +29,7 @@ from moelab.experts.router import Exchanges
 from moelab.lab import Lab
 from moelab.quality import judge as judging
 from moelab.quality.divergence import check_finite, diverge, log_softmax, standardised_shift
-from moelab.quality.judge import Reference, judge
+from moelab.quality.judge import Reference, judge, quantised
 from moelab.quality.store import ArrayStore, Rows
 from moelab.quality.window import Window, windows_of
 from tests.support import stock, tiny
@@ -290,6 +296,19 @@ def test_kv_bits_are_mlx_lms() -> None:
         reference = Reference(lab, WINDOW)
         with pytest.raises(StudyError, match=r"RotatingKVCache|KVCache cannot be held at 8 bits"):
             judge(lab, WINDOW, reference, "load", kv_bits=8)
+
+
+def test_a_cache_that_would_stay_as_it_is_is_refused() -> None:
+    """mlx-lm leaves lists of caches and recurrent states alone, and kv_bits would say nothing."""
+    keys = mx.zeros((1, 1, 4, 64))
+    inner = KVCache()
+    inner.update_and_fetch(keys, keys)
+    with pytest.raises(StudyError, match="CacheList"):
+        quantised([inner, CacheList(inner, inner)], 8)
+    with pytest.raises(StudyError, match="nothing to hold at 8 bits"):
+        quantised([ArraysCache(2)], 8)
+    part, state = quantised([inner, ArraysCache(2)], 8)
+    assert isinstance(part, QuantizedKVCache) and isinstance(state, ArraysCache)
 
 
 # -- the lab afterwards --------------------------------------------------------------------

@@ -319,14 +319,22 @@ def quantised(cache: list[Any], bits: int | None) -> list[Any]:
     """Returns the cache with keys and values at few bits, as mlx-lm's `kv_bits` does.
 
     Raises:
-        StudyError: If bits are none that mlx-lm takes, or a layer's cache has no such form.
+        StudyError: If bits are none that mlx-lm takes, a layer's cache has no such form, or the
+            model would go on with the cache as it is.
     """
+    from mlx_lm.models.cache import CacheList
+
     if bits is None:
         return cache
     if bits not in (4, 8):
         raise StudyError(f"kv_bits must be 8, 4 or None, got {bits!r}.")
     found = []
     for part in cache:
+        if isinstance(part, CacheList):
+            # mlx-lm would leave it as it is, and say nothing.
+            raise StudyError(
+                f"This model's CacheList cannot be held at {bits} bits. Leave kv_bits out."
+            )
         if not hasattr(part, "to_quantized"):  # recurrent states stay, as in mlx-lm
             found.append(part)
             continue
@@ -337,6 +345,11 @@ def quantised(cache: list[Any], bits: int | None) -> list[Any]:
                 f"This model's {type(part).__name__} cannot be held at {bits} bits: {error}. "
                 "Leave kv_bits out."
             ) from error
+    if not any(hasattr(part, "to_quantized") for part in cache):
+        raise StudyError(
+            f"This model's cache has no keys and values, and nothing to hold at {bits} bits. Leave "
+            "kv_bits out."
+        )
     return found
 
 
