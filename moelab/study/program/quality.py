@@ -251,7 +251,7 @@ def why(notes: Notes) -> None:
             row = found.summary.iloc[-1]
             notes.found(
                 WHY, f"`{action}` at {lab.capacity} experts: KL {row['kl_mean']:.3f} "
-                f"[{row['kl_mean_low']:.3f}, {row['kl_mean_high']:.3f}] nats a token; "
+                f"[{row['kl_mean_low']:.3f}, {row['kl_mean_high']:.3f}] nats a token (95%); "
                 f"{whole.loc['rerouting', 'mean']:.0%} [{whole.loc['rerouting', 'low']:.0%}, "
                 f"{whole.loc['rerouting', 'high']:.0%}] of it is the re-routing that misses cause, "
                 f"{whole.loc['inherited', 'mean']:.0%} [{whole.loc['inherited', 'low']:.0%}, "
@@ -313,9 +313,10 @@ def writing(notes: Notes) -> None:
             notes.found(
                 WRITING, f"`{action}` at {lab.capacity} experts: texts fork after "
                 f"{whole.loc['same_tokens', 'constrained']:.0f} of {scale.written} tokens on "
-                f"average; the full model gives them {nll['difference']:+.3f} "
-                f"[{nll['low']:+.3f}, {nll['high']:+.3f}] nats a token; seq-rep-4 "
-                f"{loops['full']:.3f} → {loops['constrained']:.3f}.", "generation.csv",
+                f"average; to the full model they are {nll['difference']:+.3f} "
+                f"[{nll['low']:+.3f}, {nll['high']:+.3f}] (95%) nats of −ln p a token from its "
+                f"own; seq-rep-4 {loops['full']:.3f} → {loops['constrained']:.3f}.",
+                "generation.csv",
             )  # fmt: skip
             for metric, said in (
                 ("nll", f"the full model finds what `{action}` writes less likely"),
