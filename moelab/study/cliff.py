@@ -19,7 +19,7 @@ tested capacities is a step. What is not seen: a cliff between the two lowest or
 tested capacities (one point apart from the rest is no evidence), and a kink too blunt for the
 noise; then the verdict is "no cliff", which means that none was shown.
 
-In simulations (`results/cliff-validation.md`) at most 2% of smooth curves of any kind were called a
+In simulations (`results/cliff-validation.md`) under 3% of smooth curves of each kind were called a
 cliff, and the 90% interval held the place of kinks and steps in about 90%. It holds the upper end
 of a ramp less often, since a ramp is often taken for a step: read it as a hint there.
 """
