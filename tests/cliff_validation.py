@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moelab.study.cliff import judged
 from moelab.study.curve import Curve
+from moelab.study.verdict import judged
 
 Array = NDArray[np.float64]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moelab.errors import SchemaError, StudyError
 from moelab.quality.intervals import clustered
 from moelab.study import shapes
-from moelab.study.cliff import cliff, judged
+from moelab.study.cliff import cliff
+from moelab.study.verdict import judged
 from tests import cliff_validation as validation
 
 X = np.arange(8, 65, 8).astype(float)
