@@ -8,6 +8,7 @@ whether weights are normalised is seen by asking: a normalised sum is the same f
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,11 @@ class Exchanges:
     """
 
     def __init__(self) -> None:
-        self._exchanged: list[tuple[nn.Module, type]] = []
+        self._exchanged: list[tuple[nn.Module, type, type]] = []
+
+    def __bool__(self) -> bool:
+        """Whether a module has another class than its own."""
+        return bool(self._exchanged)
 
     def around(
         self, module: nn.Module, function: Callable[..., Any], base: type | None = None
@@ -198,6 +203,7 @@ class Exchanges:
         inner = base or own
 
         class Around(inner):  # type: ignore[misc, valid-type]
+            @functools.wraps(inner.__call__)  # mlx-lm asks for the signature
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 return function(inner.__call__.__get__(self), *args, **kwargs)
 
@@ -212,17 +218,17 @@ class Exchanges:
             self._put(block, opened)
 
     def _put(self, module: nn.Module, other: type) -> None:
-        self._exchanged.append((module, type(module)))
+        self._exchanged.append((module, type(module), other))
         module.__class__ = other
 
     def undo(self) -> None:
         """Gives every module its own class back. Calling it again does nothing."""
         while self._exchanged:
-            module, own = self._exchanged[-1]
-            around, module.__class__ = type(module), own
-            if around is not own:
+            module, own, other = self._exchanged[-1]
+            module.__class__ = own
+            if "__call__" in vars(other):
                 # A class lives until garbage collection, and its function may hold the model.
-                del around.__call__
+                del other.__call__
             self._exchanged.pop()
 
     def __enter__(self) -> Exchanges:

@@ -21,7 +21,8 @@ import mlx.nn as nn
 
 from ..experts.event import LayerEvent, noting
 from ..experts.residency import Load
-from ..families import SwitchSite, opened_block
+from ..experts.router import Exchanges
+from ..families import SwitchSite
 from .loop import LoopView, view
 
 
@@ -82,12 +83,12 @@ class StepWatch:
         self._bank_watchers = bank_watchers
         self._current: Step | None = None
         self._serial = 0
-        self._exchanged: list[tuple[nn.Module, type]] = []
+        self._exchanges = Exchanges()
 
     def add(self, listener: StepListener) -> None:
         """Adds a listener; the first one puts the watch in place."""
         self.listeners = [*self.listeners, listener]
-        if not self._exchanged:
+        if not self._exchanges:
             try:
                 self._install()
             except BaseException:
@@ -111,38 +112,18 @@ class StepWatch:
             if site.layer in self._switches:
                 object.__setattr__(self._switches[site.layer], "observer", self._observe)
             else:
-                self._exchange(site.switch, functools.partial(self._stock, site.layer))
-            opened = opened_block(type(site.parent))
-            if opened is not None:
-                self._exchanged.append((site.parent, type(site.parent)))
-                site.parent.__class__ = opened
-        self._exchange(self._model, self._forward)
-
-    def _exchange(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        own = type(module)
-
-        class Watched(own):  # type: ignore[misc, valid-type]
-            @functools.wraps(own.__call__)  # mlx-lm asks for the signature
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return around(own.__call__.__get__(self), args, kwargs)
-
-        Watched.__name__, Watched.__qualname__ = own.__name__, own.__qualname__
-        Watched.__module__, Watched.__doc__ = own.__module__, own.__doc__
-        self._exchanged.append((module, own))
-        module.__class__ = Watched
+                self._exchanges.around(site.switch, functools.partial(self._stock, site.layer))
+            self._exchanges.open(site.parent)
+        self._exchanges.around(self._model, self._forward)
 
     def _uninstall(self) -> None:
         self._bank_watchers[:] = [w for w in self._bank_watchers if w is not self]
         for switch in self._switches.values():
             object.__setattr__(switch, "observer", None)
-        for module, own in self._exchanged:
-            watched, module.__class__ = type(module), own
-            if own in watched.__bases__:  # not so if somebody else gave the class back before
-                del watched.__call__  # a class lives until garbage collection, and this holds us
-        self._exchanged = []
+        self._exchanges.undo()
         self._current = None
 
-    def _forward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._current is not None:
             if _is_under_way(self._current):  # a model that calls itself: part of the same step
                 return call(*args, **kwargs)
@@ -168,7 +149,7 @@ class StepWatch:
         finally:
             self._current = None
 
-    def _stock(self, layer: int, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _stock(self, layer: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands around the call of a switch that has all its experts."""
         indices = args[1] if len(args) > 1 else kwargs["indices"]
         return self._observe(LayerEvent(layer, indices, None), call(*args, **kwargs))
