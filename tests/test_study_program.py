@@ -144,19 +144,21 @@ def test_a_lesson_counts_where_every_training_agrees(
     a = lessons(
         tmp_path / "a",
         [("sure", 1, 0.5, 2), ("weak", 1, -1, 2), ("split", 1, 0.5, 2), ("once", 1, 0.5, 2),
-         ("bare", 1, nan, nan), ("zero", 0, 0, 0)],
+         ("bare", 1, nan, nan), ("zero", 0, 0, 0), ("false", -1, -2, -0.5)],
     )  # fmt: skip
     b = lessons(
         tmp_path / "b",
         [("sure", 2, 1, 3), ("weak", 2, 1, 3), ("split", -1, -2, -0.5), ("bare", 2, nan, nan),
-         ("zero", 0, 0, 0), ("new", 1, 0, 2)],
+         ("zero", 0, 0, 0), ("false", -3, -4, -2), ("new", 1, 0, 2)],
     )  # fmt: skip
     table = run.lessons_of([a, b]).set_index("key")
     assert table["same_sign"].to_dict() == {
-        "sure": True, "weak": True, "split": False, "once": True, "bare": True, "zero": False
+        "sure": True, "weak": True, "split": False, "once": True, "bare": True,
+        "zero": False, "false": True,
     }  # fmt: skip
     assert table["shown"].to_dict() == {
-        "sure": True, "weak": False, "split": False, "once": True, "bare": False, "zero": False
+        "sure": True, "weak": False, "split": False, "once": True, "bare": False,
+        "zero": False, "false": True,
     }  # fmt: skip
     assert main(["lessons", str(a), str(b), "--out", str(tmp_path / "out")]) == 0
     page = capsys.readouterr().out
@@ -165,7 +167,8 @@ def test_a_lesson_counts_where_every_training_agrees(
     assert "| so sure | 1 | 2 | nats | yes, shown |" in page
     assert "| so weak | 1 | 2 | nats | yes |" in page
     assert "| so bare | 1 | 2 | nats | yes |" in page, "nobody knows how sure that is"
-    assert "3 of 6 keep their sign" in page
+    assert "| so false | -1 | -3 | nats | no, the opposite, shown |" in page
+    assert "4 of 7 keep their sign" in page
     assert (tmp_path / "out" / "lessons.md").read_text(encoding="utf-8") in page
     with pytest.raises(StudyError, match=r"lessons\.csv"):
         run.lessons_of([a, tmp_path])

@@ -68,10 +68,9 @@ def what_a_miss_costs(notes: Notes) -> None:
             {"mean": value - 1, "low": low - 1, "high": high - 1}, "power − 1",
         )  # fmt: skip
         notes.lesson(
-            f"later-{action}", f"more than half of the price of `{action}` falls on later tokens",
-            {k: row[v] - 0.5 for k, v in (("mean", "later_share"), ("low", "later_low"),
-                                          ("high", "later_high"))},
-            "share of the price − ½",
+            f"later-{action}", f"part of the price of `{action}` falls on later tokens",
+            {"mean": row["later_share"], "low": row["later_low"], "high": row["later_high"]},
+            "share of the price",
         )  # fmt: skip
         mine = judged.frame[judged.frame["action"].eq(action)]
         notes.chart(f"price-{action}", plots.price_by_weight(mine, model, note=notes.note))

@@ -242,22 +242,24 @@ def lessons_page(table: pd.DataFrame) -> str:
         f"is: {len(names)} ({', '.join(names)}). Values are what the statement says, positive "
         "where it is true. *shown*: the 95% interval of every training excludes 0 as well, and a "
         "figure without an interval is never shown. *seen once*: only one training has it. *no*: "
-        "signs differ.", "",
+        "signs differ. *the opposite*: false in all of them.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
     ]  # fmt: skip
     for _, row in table.iterrows():
         values = [f"{row[name]:.3g}" for name in names]
         lines.append(
-            "| " + " | ".join([row["statement"], *values, row["unit"], _holds(row)]) + " |"
+            "| " + " | ".join([row["statement"], *values, row["unit"], _holds(row, names)]) + " |"
         )
     held = table[table["same_sign"] & (table["trainings"] > 1)]
     lines += ["", f"{len(held)} of {len(table)} keep their sign in all trainings."]
     return "\n".join(lines) + "\n"
 
 
-def _holds(row: pd.Series) -> str:
+def _holds(row: pd.Series, names: list[str]) -> str:
     if row["trainings"] < 2:
         return "seen once"
     if not row["same_sign"]:
         return "no"
+    if (row[names] < 0).any():
+        return "no, the opposite" + (", shown" if row["shown"] else "")
     return "yes, shown" if row["shown"] else "yes"
