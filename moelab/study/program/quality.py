@@ -349,11 +349,13 @@ def _answers(notes: Notes, action: str) -> pd.DataFrame:
 
     lab, scale = notes.lab, notes.scale
     found = run_tasks(lab, shell_tasks()[: scale.tasks], on_miss=action)
+    row = found.summary.iloc[-1]
     notes.found(
         WRITING, f"`{action}` at {lab.capacity} experts, {scale.tasks} shell questions: "
-        f"{found.verdict}", "tasks.csv",
+        f"{row['constrained']:.0%} right, the full model {row['full']:.0%}, difference "
+        f"{row['difference']:+.0%} [{row['low']:+.0%}, {row['high']:+.0%}] (95%): {found.verdict}.",
+        "tasks.csv",
     )  # fmt: skip
-    row = found.summary.iloc[-1]
     if found.informative:
         notes.lesson(
             f"tasks-{action}", f"`{action}` answers fewer shell questions rightly",
