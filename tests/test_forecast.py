@@ -21,8 +21,12 @@ import moelab
 from moelab.bench.forecast import ForecastResult, ForecastRow, bench_forecast
 from moelab.errors import CapacityError, SchemaError, StudyError
 from moelab.study.bytes import LayerFacts, ModelFacts
-from moelab.study.calibration import Calibration, Live, calibrate, fitted_parts
-from moelab.study.forecast import Forecast, forecast, forecast_from, steps_of_prompt
+from moelab.study.calibration import Calibration, calibrate
+from moelab.study.calibration_fit import fitted_parts
+from moelab.study.forecast import Forecast, forecast
+from moelab.study.forecast_passes import steps_of_prompt
+from moelab.study.forecast_results import forecast_from
+from moelab.study.live_run import Live
 from tests.support import tiny
 
 EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)

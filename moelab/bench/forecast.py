@@ -182,7 +182,7 @@ def bench_forecast(
     from ..loading import load
     from ..quality.recorded import record_texts
     from ..study.calibration import calibrate
-    from ..study.forecast import Forecast, _calibration_texts, forecast
+    from ..study.forecast import Forecast, calibration_texts, forecast
     from ..study.runner import govern
 
     machine = this_machine()
@@ -194,7 +194,7 @@ def bench_forecast(
         # Calibrated at the lengths of a prompt's chunk between the default ones only.
         calibration = calibrate(first, progress=progress, limit_seconds=limit_seconds)
         # One recording serves all lengths: a shorter prompt is the beginning of a longer one.
-        texts: Any = _calibration_texts(first, max(lengths) + tokens + 2)
+        texts: Any = calibration_texts(first, max(lengths) + tokens + 2)
         recording = record_texts(
             first, texts, prefix=max(lengths), tokens=tokens + 1, progress=progress
         )
@@ -269,7 +269,7 @@ class _Runs:
 
     def run(self, lab: Lab, text: list[int], length: int, tokens: int, number: int) -> float:
         """Runs one text; the bank was just brought to its first contents."""
-        from ..study.calibration import Live
+        from ..study.live_run import Live
 
         live = Live(lab, text, length, tokens)
         self.first[number], self.later[number] = live.first, live.decode_seconds
