@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import moelab
 from moelab.bench.forecast import ForecastResult, ForecastRow, bench_forecast
-from moelab.errors import CapacityError, SchemaError, StudyError
+from moelab.errors import CapacityError, PolicyError, SchemaError, StudyError
 from moelab.study.bytes import LayerFacts, ModelFacts
 from moelab.study.calibration import Calibration, calibrate
 from moelab.study.calibration_fit import fitted_parts
@@ -266,6 +266,10 @@ def test_parts_are_found_again_whatever_a_few_points_say() -> None:
     assert mean == pytest.approx([2.0])
     even, _, _ = fitted_parts(np.ones((40, 1)), np.tile([1.0, 2.0, 2.0, 3.0], 10))
     assert even == pytest.approx([2.0])
+    # Runs that differ are what an interval is of, not the many observations in them.
+    apart = np.repeat([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], 20) * random.normal(1, 0.01, 120)
+    wide = fitted_parts(np.ones((120, 1)), apart, np.repeat(np.arange(6), 20))[1]
+    assert wide[0, 1] - wide[0, 0] >= 1
     # No part is negative, although the best line here would fall.
     down, _, _ = fitted_parts(np.column_stack([np.ones(4), np.arange(4)]), np.array([4.0, 3, 2, 1]))
     assert (down >= 0).all() and down[1] == 0
@@ -285,7 +289,8 @@ def test_a_calibration_survives_its_file_and_refuses_others(tmp_path: Path) -> N
     told = json.loads((tmp_path / "deep" / "c.json").read_text())
     for name, change in {
         "format": {"format": 99}, "seconds from 0 on": {"decode": told["decode"] | {"load": -1}},
-        "decode must have": {"decode": {"base": 1}}, "no calibration": {"others": 1},
+        "decode must have": {"decode": {"base": 1}}, "cold_load is -1": {"cold_load": -1},
+        "no calibration": {"others": 1},
     }.items():  # fmt: skip
         bad = tmp_path / "bad.json"
         bad.write_text(json.dumps(told | change))
@@ -342,8 +347,16 @@ def test_a_forecast_counts_as_a_live_run_does(lab: moelab.Lab) -> None:
                 govern(lab, policy, {}, {}, slots=[4] * len(lab.sites))
                 live = Live(lab, tokens, prompt, 12)
             assert told.prompt_loads == live.first_loads
+            assert not told.settings["extrapolated"]
             assert told.loads_per_token * 12 == pytest.approx(sum(n for *_, n in live.steps))
     assert (lab.capacities, lab.policy, dict(lab.pins)) == before
+    short = dataclasses.replace(c, longest=1)  # and so at most 34 tokens before another
+    for prompt, count in ((57, 11), (57, 12)):
+        routing = made_up([80]).assign(layer=lambda f: f["layer"].map(
+            dict(zip(LAYERS, [site.layer for site in lab.sites][:2], strict=True))))  # fmt: skip
+        told = forecast(lab, lab.capacities, prompt=prompt, tokens=count, calibration=short,
+                        recording=routing, progress=False)  # fmt: skip
+        assert ("were calibrated" in told._facts()["beware"]) == (prompt + count > 68)
 
 
 def test_a_tiny_model_is_calibrated_and_left_as_it_was(lab: moelab.Lab) -> None:
@@ -387,6 +400,8 @@ def test_bad_input_to_a_forecast_is_refused(lab: moelab.Lab) -> None:
         forecast(lab, 1, prompt=2, recording=frame, calibration=c)
     with pytest.raises(StudyError, match="is of hand"):
         forecast(lab, 4, prompt=2, recording=frame, calibration=hand_made())
+    with pytest.raises(PolicyError, match="no policy 'lur'"):  # before anything is calibrated
+        forecast(lab, 4, "lur", prompt=900, recording=frame)
     with pytest.raises(StudyError, match="recording= is"):
         forecast(lab, 4, prompt=2, recording=[1, 2], calibration=c)
     other = dataclasses.make_dataclass("Other", ["run", "routing"])

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StudyError
+from ..experts.memory import available_memory
 from ..lab import Lab
 from .calibration_fit import fitted_parts
 from .calibration_results import PARTS, Calibration
@@ -85,7 +86,9 @@ def calibrate(
         whole = sum(
             sum(array.nbytes for _, _, array in site.tensors()) for site in lab.sites
         ) - lab.memory().slots  # fmt: skip
-        if not seen.capacities or 1.5 * whole < machine["available_bytes"]:
+        # Asked now, when the bank has its smallest size, and not of the system alone: a container
+        # may have less.
+        if not seen.capacities or 1.5 * whole < available_memory().nbytes:
             seen.capacities.append(sizes)
         observe(lab, seen, sorted(set(lengths)), begin + limit_seconds, progress)
         if seen.capacities[0] != sizes:

@@ -24,14 +24,19 @@ def fitted_parts(
         run: Which run each observation is of, int64 (observations,); None for one each.
 
     Returns:
-        The parts, float64 (parts,); their 5% and 95% quantiles over resampled observations,
-        (parts, 2); the median of |fit − y| / y.
+        The parts, float64 (parts,); their 5% and 95% quantiles over resampled runs, (parts, 2);
+        the median of |fit − y| / y.
     """
     groups = np.arange(len(y)) if run is None else np.unique(run, return_inverse=True)[1]
     found = _fitted(x, y, groups)
     random = np.random.default_rng(0)
-    draws = random.integers(0, len(y), (RESAMPLES, len(y)))
-    again = np.stack([_fitted(x[d], y[d], groups[d]) for d in draws])
+    # Observations of one run resemble each other, so that whole runs are drawn.
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    again = []
+    for drawn in random.integers(0, len(members), (RESAMPLES, len(members))).tolist():
+        rows = np.concatenate([members[group] for group in drawn])
+        named = np.repeat(np.arange(len(drawn)), [len(members[group]) for group in drawn])
+        again.append(_fitted(x[rows], y[rows], named))
     ranges = np.quantile(again, [0.05, 0.95], axis=0).T
     return found, ranges, float(np.median(np.abs(x @ found - y) / y))
 

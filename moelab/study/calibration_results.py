@@ -48,7 +48,7 @@ class Calibration:
             cannot be dropped here.
         warm_share: How much of the experts' files the page cache held while the rest was measured,
             0 to 1; None where the system does not say.
-        spread: Of each part its 5% and 95% quantile over resampled observations, by
+        spread: Of each part its 5% and 95% quantile over resampled runs, by
             `"decode.base"` and so on.
         residuals: Median relative deviation of the observations from the fit, by phase.
         longest: Tokens of the longest chunk that was measured.
@@ -118,6 +118,12 @@ class Calibration:
                         f"{source}: {phase}.{name} is {value!r}, and must be seconds from 0 on. "
                         "Calibrate again."
                     )
+        cold = self.cold_load
+        if cold is not None and (not isinstance(cold, int | float) or not 0 <= cold < math.inf):
+            raise StudyError(
+                f"{source}: cold_load is {cold!r}, and must be seconds from 0 on, or null. "
+                "Calibrate again."
+            )
 
     def require(self, fingerprint: str, page_cache: str = "warm") -> None:
         """Refuses to be used for another model or an unknown state of the page cache.

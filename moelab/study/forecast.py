@@ -21,6 +21,7 @@ from ..prompt_texts import Prompts, texts_of
 from .bytes import ModelFacts, facts_of
 from .calibration import LENGTHS, calibrate, opened
 from .calibration_results import Calibration
+from .calibration_runs import DECODED as CALIBRATED
 from .forecast_passes import steps_of_prompt
 from .forecast_results import Forecast, forecast_from
 from .runner import govern, left_as_found
@@ -80,6 +81,7 @@ def forecast(
         StudyError: If the prompt is empty or longer than every run of the recording, recording or
             calibration are another model's, or the calibration lacks what is asked for.
         CapacityError: If it is no capacity of this model.
+        PolicyError: If it is no policy.
         PinsError: If pins leave too little room.
     """
     for name, value in (("prompt", prompt), ("tokens", tokens)):
@@ -89,6 +91,7 @@ def forecast(
             raise StudyError(f"{name} counts tokens, an int from 1 on; got {value!r}.")
     if page_cache not in ("warm", "cold"):
         raise StudyError(f"page_cache is 'warm' or 'cold', got {page_cache!r}.")
+    named = _name(policy)  # refuses what is no policy before anything is measured
     with opened(model, capacity) as lab:
         slots = fixed_capacities(capacity, lab.sites)
         if calibration is not None:
@@ -110,6 +113,12 @@ def forecast(
         extrapolated.append(
             f"the prompt is longer than any that was calibrated ({calibration.longest} tokens)"
         )
+    context, measured = length + int(runs["tokens"].max()), calibration.longest + 1 + CALIBRATED
+    if context > 2 * measured:
+        extrapolated.append(
+            f"tokens are decoded after up to {context} others, and at most {measured} were "
+            "calibrated"
+        )
     if calibration.warm_share is not None and calibration.warm_share < 0.9:
         extrapolated.append(
             f"only {calibration.warm_share:.0%} of the files were in memory when calibrated"
@@ -117,7 +126,7 @@ def forecast(
     settings = {
         "model": f"{facts.name} ({facts.fingerprint})", "capacity": capacity,
         "slots": _said(slots), "experts": _said([x.experts for x in facts.layers]),
-        "top_k": _said(top_k), "policy": policy if isinstance(policy, str) else _name(policy),
+        "top_k": _said(top_k), "policy": named,
         "on_miss": "load", "pinned": sum(map(len, pinned.values())), "prompt": length,
         "tokens": int(runs["tokens"].max()), "page_cache": page_cache, "routing": called,
         "chunk": PREFILL_STEP, "extrapolated": extrapolated,
@@ -198,8 +207,12 @@ def _facts(lab: Lab, slots: Sequence[int]) -> ModelFacts:
 
 
 def _name(policy: Any) -> str:
-    from ..experts.policies import make_policy
+    from ..experts.policies import REPLAY_ONLY, make_policy
 
+    if isinstance(policy, str):
+        if policy not in REPLAY_ONLY:
+            make_policy(policy)
+        return policy
     return make_policy(policy)().name
 
 

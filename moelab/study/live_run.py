@@ -33,7 +33,7 @@ class Live:
 
     def __init__(self, lab: Lab, tokens: Sequence[int], prompt: int, decoded: int) -> None:
         import mlx.core as mx
-        from mlx_lm.generate import generate_step
+        from mlx_lm.generate import generate_step, generation_stream
 
         self.chunks: list[tuple[float, int, Counter[int]]] = []
         self.steps: list[tuple[float, int, int]] = []
@@ -43,11 +43,15 @@ class Live:
         forced = iter(tokens[prompt:])
 
         def sampler(logprobs: mx.array) -> mx.array:
-            return mx.array([next(forced)], mx.uint32)
+            # Hangs on the logits, as a token that the model chose: the loop must wait for them.
+            return mx.argmax(logprobs, axis=-1) * 0 + next(forced)
 
         watchers = lab.attachment.bank.watchers
         watchers.append(self)
         try:
+            # The loop is one pass ahead: what an earlier run left under way is not this one's.
+            mx.synchronize()
+            mx.synchronize(generation_stream)
             begin = time.perf_counter()
             steps = generate_step(
                 mx.array(list(tokens[:prompt])), lab.model, max_tokens=decoded + 1,
