@@ -301,7 +301,7 @@ def windowed(lab: Any, bits: int, exact_prefix: bool) -> list[float]:
             if not exact_prefix:
                 mx.eval(lab.model(chunk, cache=few))
             q = [np.array(lab.model(mx.array([[t]]), cache=few)[0, -1]) for t in window.fed]
-        found.append(np.mean([kl(a, b) for a, b in zip(p, q, strict=True)]))
+        found.append(float(np.mean([kl(a, b) for a, b in zip(p, q, strict=True)])))
     return found
 
 

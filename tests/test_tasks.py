@@ -31,7 +31,12 @@ def task(name: str, check: Any = lambda _: True, **options: Any) -> Task:
 def test_answers_are_those_of_free_generation() -> None:
     tasks = [task("cats"), task("dogs", domain="d"), Task(tiny.prompt(9), lambda _: True, "ids")]
     seen: list[str] = []
-    tasks.append(task("seen", lambda answer: bool(seen.append(answer)) or True))
+
+    def notes(answer: str) -> bool:
+        seen.append(answer)
+        return True
+
+    tasks.append(task("seen", notes))
     with lab(on_miss="drop", swap_budget=0) as own:
         found = run_tasks(own, tasks, **QUIET)
         assert (own.on_miss, own.swap_budget) == ("drop", 0)

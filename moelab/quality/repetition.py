@@ -11,14 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import StudyError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    TokenIds: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
 ORDERS = (1, 2, 3, 4)
 """Lengths n of the n-grams that a comparison reports."""
 
 
-def seq_rep_n(ids: Sequence[int], n: int) -> float:
+def seq_rep_n(ids: TokenIds, n: int) -> float:
     """Returns the share of a text's n-grams that are repetitions: 1 − distinct/total.
 
     Args:
@@ -36,7 +43,7 @@ def seq_rep_n(ids: Sequence[int], n: int) -> float:
     return 1.0 - distinct / total if total else math.nan
 
 
-def distinct_n(ids: Sequence[int], n: int) -> float:
+def distinct_n(ids: TokenIds, n: int) -> float:
     """Returns the number of distinct n-grams over the number of tokens.
 
     Args:
@@ -53,7 +60,7 @@ def distinct_n(ids: Sequence[int], n: int) -> float:
     return distinct / len(ids) if total else math.nan
 
 
-def _ngrams(ids: Sequence[int], n: int) -> tuple[int, int]:
+def _ngrams(ids: TokenIds, n: int) -> tuple[int, int]:
     """Returns the number of distinct n-grams and of all."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise StudyError(f"n is the length of an n-gram, a whole number from 1 up, got {n!r}.")

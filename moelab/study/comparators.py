@@ -52,7 +52,7 @@ def comparators(
     lab: Lab,
     prompts: Prompts = None,
     *,
-    bits: Sequence[int] = (2, 3),
+    bits: int | Sequence[int] = (2, 3),
     capacity: Sequence[int | float] = (),
     profile: Profile | None = None,
     worth: Worth = "counts",
@@ -168,7 +168,7 @@ def kept_experts(profile: Profile, slots: Mapping[int, int], worth: Worth) -> di
 
 def _wanted(
     lab: Lab,
-    bits: Sequence[int],
+    bits: int | Sequence[int],
     capacity: Sequence[int | float],
     profile: Profile | None,
     worth: Worth,
