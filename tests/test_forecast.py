@@ -417,8 +417,11 @@ def test_bad_input_to_a_forecast_is_refused(lab: moelab.Lab) -> None:
         forecast(lab, 4, prompt=2, recording=frame, calibration=c)
 
 
-def test_the_bench_compares_forecasts_with_live_runs(lab: moelab.Lab, tmp_path: Path) -> None:
-    found = bench_forecast(lab.path, rounds=2, shares=(0.5,), policies=("lru",), lengths=(6, 9),
+def test_the_bench_compares_forecasts_with_live_runs(
+    lab: moelab.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moelab.bench.forecast.bench_folder", lambda *_: lab.path)
+    found = bench_forecast("named", rounds=2, shares=(0.5,), policies=("lru",), lengths=(6, 9),
                            tokens=4, limit_seconds=0.01, progress=False)  # fmt: skip
     assert [(r.what, r.prompt) for r in found.rows] == [
         ("first token", 6), ("decode", 6), ("first token", 9), ("decode", 9)
@@ -426,7 +429,9 @@ def test_the_bench_compares_forecasts_with_live_runs(lab: moelab.Lab, tmp_path: 
     assert all(r.low <= r.measured <= r.high and r.predicted > 0 for r in found.rows)
     found.save(tmp_path)
     assert "median error, decode" in (tmp_path / "bench-forecast.md").read_text()
-    assert len(json.loads((tmp_path / "bench-forecast.json").read_text())["rows"]) == 4
+    saved = json.loads((tmp_path / "bench-forecast.json").read_text())
+    assert len(saved["rows"]) == 4
+    assert saved["model"] == saved["calibration"]["model"] == "named", "and not its folder"
     from moelab.plots.study import forecast as draw
 
     assert draw(found.frame("decode")).get_ylabel() == "predicted, tokens/s"

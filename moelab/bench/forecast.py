@@ -252,7 +252,8 @@ def bench_forecast(
         seed=seed,
         tokens=tokens,
         rows=rows,
-        calibration=asdict(calibration),
+        # By the name that was asked for: a lab that is opened by its folder is called after it.
+        calibration={**asdict(calibration), "model": name},
         machine=machine,
         seconds=seconds,
     )
